@@ -1,0 +1,134 @@
+/* The C interface of libfp8gemm.so. Plain C types; every function that can fail returns an fp8gemm_status, with the
+ * details in fp8gemm_last_error() of the same thread. No exception crosses it and nothing is initialised on loading.
+ *
+ * The ABI version counts changes of any struct or function below; fp8gemm/native.py refuses another one. */
+#ifndef FP8GEMM_H
+#define FP8GEMM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FP8GEMM_ABI_VERSION 1
+#define FP8GEMM_API __attribute__((visibility("default")))
+
+typedef enum {
+    FP8GEMM_OK = 0,
+    FP8GEMM_DTYPE = 1,          /* an operand has the wrong element type */
+    FP8GEMM_SHAPE = 2,          /* ... rank or shape */
+    FP8GEMM_LAYOUT = 3,         /* ... strides, alignment, read-only, overlap */
+    FP8GEMM_DEVICE = 4,         /* ... device */
+    FP8GEMM_UNAVAILABLE = 5,    /* no driver, or a GPU that can't run it */
+    FP8GEMM_DRIVER = 6,         /* a CUDA driver call failed */
+    FP8GEMM_ARGUMENT = 7,       /* any other bad argument */
+    FP8GEMM_NOT_PREPARED = 8    /* would have to load or allocate during a stream capture */
+} fp8gemm_status;
+
+typedef struct {
+    int32_t status;
+    char argument[32];          /* the operand at fault, or "" */
+    char message[480];
+} fp8gemm_error;
+
+/* ---- tensors: DLPack's DLTensor with the byte offset applied and strides filled in ----------------------------- */
+typedef struct {
+    void *data;
+    int32_t device_type, device_id;             /* DLDeviceType; host kinds become 1 (CPU), CUDA and managed 2 (CUDA) */
+    int32_t dtype_code, dtype_bits, dtype_lanes;
+    int32_t ndim;                               /* 0 .. 3; -1: no tensor given */
+    int32_t read_only;
+    int64_t shape[3], stride[3];                /* in elements */
+} fp8gemm_tensor;
+
+/* ---- problems ----------------------------------------------------------------------------------------------------- */
+typedef enum { FP8GEMM_DENSE = 0, FP8GEMM_CONTIGUOUS = 1, FP8GEMM_RAGGED = 2, FP8GEMM_MASKED = 3 } fp8gemm_kind;
+
+typedef struct {                                /* one call's tensors; layout: m_indices, group_ends or masked_m */
+    int32_t kind;
+    fp8gemm_tensor a, sa, b, sb, d, layout;     /* d.ndim == -1: to be allocated */
+} fp8gemm_operands;
+
+typedef struct {                                /* what a plan is chosen for: no pointers */
+    int32_t kind;
+    int32_t device_type, device_id;
+    int32_t m, n, k, groups;                    /* m: rows of A (masked: of one group); groups: of B, 1 if dense */
+    int32_t inputs_by_tma;                      /* strides and alignment of a and b suit TMA */
+    int32_t output_by_tma;                      /* ... of d */
+} fp8gemm_problem;
+
+/* ---- plans ---------------------------------------------------------------------------------------------------------- */
+typedef struct {
+    int32_t tile_m, tile_n, stages, cluster_m, cluster_n;       /* compiled */
+    int32_t shared_bytes, threads;                              /* follow from them */
+    int32_t num_sms, raster;                                    /* launch */
+    uint64_t b_policy;
+} fp8gemm_plan;
+
+typedef struct {
+    int32_t threads, tile_n;
+} fp8gemm_cpu_plan;
+
+/* ---- devices ---------------------------------------------------------------------------------------------------------- */
+typedef struct {
+    char name[96];
+    int32_t major, minor, sms, l2_bytes, shared_bytes, clock_khz, memory_clock_khz, memory_bus_bits;
+} fp8gemm_device;
+
+typedef struct fp8gemm_kernel fp8gemm_kernel;   /* a loaded kernel, for the life of the process */
+typedef struct fp8gemm_buffer fp8gemm_buffer;   /* memory of ours, counted */
+
+FP8GEMM_API int fp8gemm_abi_version(void);
+FP8GEMM_API const fp8gemm_error *fp8gemm_last_error(void);
+
+/* DLPack. `managed` is a DLManagedTensor (versioned == 0) or DLManagedTensorVersioned; it stays the caller's.
+ * `api` is the DLPackExchangeAPI of the object's type; the GIL must be held. */
+FP8GEMM_API int fp8gemm_read_dlpack(const void *managed, int versioned, const char *argument, fp8gemm_tensor *tensor);
+FP8GEMM_API int fp8gemm_read_exchange(const void *api, void *py_object, const char *argument, fp8gemm_tensor *tensor);
+FP8GEMM_API int fp8gemm_exchange_stream(const void *api, int device_type, int device_id, void **stream);
+
+/* Memory for d=None, exported with its own reference; the last reference frees it in the order of `stream`. */
+FP8GEMM_API int fp8gemm_buffer_new(int device_type, int device_id, size_t bytes, void *stream, fp8gemm_buffer **buffer);
+FP8GEMM_API void *fp8gemm_buffer_data(const fp8gemm_buffer *buffer);
+FP8GEMM_API void fp8gemm_buffer_release(fp8gemm_buffer *buffer);
+FP8GEMM_API void *fp8gemm_buffer_export(fp8gemm_buffer *buffer, const fp8gemm_tensor *tensor, int versioned);
+FP8GEMM_API void fp8gemm_dlpack_delete(void *managed, int versioned);
+
+/* Checks every operand and describes the problem. Where strides[i] belongs to a dimension of 1, it is made compact. */
+FP8GEMM_API int fp8gemm_describe(fp8gemm_operands *operands, fp8gemm_problem *problem);
+
+/* The driver is opened by the first of these. */
+FP8GEMM_API int fp8gemm_driver_version(int *version);
+FP8GEMM_API int fp8gemm_device_count(int *count);
+FP8GEMM_API int fp8gemm_device_read(int device_id, fp8gemm_device *device);
+FP8GEMM_API int fp8gemm_kernel_load(int device_id, const void *cubin, size_t bytes, const char *name, int shared_bytes,
+                                    void *stream, fp8gemm_kernel **kernel);
+
+/* Launches. Streams are CUstream; capture-safe; nothing synchronises or allocates. */
+FP8GEMM_API int fp8gemm_launch_gemm(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
+                                    const fp8gemm_problem *problem, const fp8gemm_plan *plan, void *stream);
+FP8GEMM_API int fp8gemm_launch_reference(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
+                                         const fp8gemm_problem *problem, void *stream);
+FP8GEMM_API int fp8gemm_launch_cast(const fp8gemm_kernel *kernel, int per_block, const fp8gemm_tensor *x,
+                                    const fp8gemm_tensor *q, const fp8gemm_tensor *s, void *stream);
+FP8GEMM_API int fp8gemm_fill_zero(const fp8gemm_operands *operands, const fp8gemm_problem *problem, void *stream);
+
+/* Streams and events: what ordering with other frameworks' streams needs. */
+FP8GEMM_API int fp8gemm_stream_wait(int device_id, void *stream, void *other);   /* stream waits for other's work so far */
+FP8GEMM_API int fp8gemm_stream_capturing(int device_id, void *stream, int *capturing);
+FP8GEMM_API int fp8gemm_event_record(int device_id, void *stream, void **event);
+FP8GEMM_API int fp8gemm_event_done(int device_id, void *event, int *done);       /* destroys the event once it has passed */
+
+/* CPU backend. */
+FP8GEMM_API int fp8gemm_cpu_gemm(const fp8gemm_operands *operands, const fp8gemm_problem *problem,
+                                 const fp8gemm_cpu_plan *plan);
+FP8GEMM_API int fp8gemm_cpu_cast(int per_block, const fp8gemm_tensor *x, const fp8gemm_tensor *q,
+                                 const fp8gemm_tensor *s, int threads);
+FP8GEMM_API const char *fp8gemm_cpu_features(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

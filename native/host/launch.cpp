@@ -1,0 +1,156 @@
+// Loads kernels, encodes tensor maps, launches.
+#include <cstdio>
+#include <new>
+
+#include "../kernels/params.h"
+#include "driver.h"
+#include "error.h"
+
+using namespace fp8gemm;
+
+struct fp8gemm_kernel {
+    int device_id;
+    CUfunction function;
+};
+
+namespace {
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A (columns, rows, groups) view of a matrix or a stack of them, in boxes of box_columns x box_rows.
+int encode_map(const Driver& cu, const fp8gemm_tensor& t, int box_columns, int box_rows, const char* name, TensorMap* map) {
+    enum { kUint8 = 0, kUint16 = 1, kPromote256 = 3 };
+    const int size = t.dtype_bits / 8, row = t.ndim - 2, swizzle_bytes = box_columns * size;
+    const int swizzle = swizzle_bytes == 128 ? 3 : swizzle_bytes == 64 ? 2 : 1;
+    const bool stack = t.ndim == 3;
+    const uint64_t rows = t.shape[row], row_bytes = t.stride[row] * size;
+    const uint64_t dims[] = {static_cast<uint64_t>(t.shape[row + 1]), rows, stack ? static_cast<uint64_t>(t.shape[0]) : 1};
+    const uint64_t strides[] = {row_bytes, stack ? static_cast<uint64_t>(t.stride[0]) * size : row_bytes};
+    const uint32_t box[] = {static_cast<uint32_t>(box_columns), static_cast<uint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
+    const CUresult result = cu.cuTensorMapEncodeTiled(map, size == 1 ? kUint8 : kUint16, 3, t.data, dims, strides, box,
+                                                      steps, 0, swizzle, kPromote256, 0);
+    if (!result) return FP8GEMM_OK;
+    return fail(FP8GEMM_DRIVER, name, "cuTensorMapEncodeTiled refused (%llu, %llu, %llu) with strides of %llu and %llu bytes "
+                "(CUDA error %d)", static_cast<unsigned long long>(dims[0]), static_cast<unsigned long long>(dims[1]),
+                static_cast<unsigned long long>(dims[2]), static_cast<unsigned long long>(strides[0]),
+                static_cast<unsigned long long>(strides[1]), result);
+}
+
+int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
+
+// Everything but the maps and the plan.
+GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
+    GemmParams out{};
+    auto row = [](const fp8gemm_tensor& t) { return t.stride[t.ndim - 2]; };
+    auto group = [](const fp8gemm_tensor& t) { return t.ndim == 3 ? t.stride[0] : 0; };
+    out.a_data = static_cast<const unsigned char*>(o.a.data), out.a_row = row(o.a), out.a_group = group(o.a);
+    out.b_data = static_cast<const unsigned char*>(o.b.data), out.b_row = row(o.b), out.b_group = group(o.b);
+    out.d_data = static_cast<unsigned short*>(o.d.data), out.d_row = row(o.d), out.d_group = group(o.d);
+    out.sa = static_cast<const float*>(o.sa.data);
+    out.sa_row = row(o.sa), out.sa_k = o.sa.stride[o.sa.ndim - 1], out.sa_group = group(o.sa);
+    out.sb = static_cast<const float*>(o.sb.data);
+    out.sb_row = row(o.sb), out.sb_k = o.sb.stride[o.sb.ndim - 1], out.sb_group = group(o.sb);
+    out.layout = p.kind == FP8GEMM_DENSE ? nullptr : static_cast<const int*>(o.layout.data);
+    out.m = p.m, out.n = p.n, out.k = p.k, out.groups = p.groups;
+    out.d_by_tma = p.output_by_tma;
+    return out;
+}
+
+int launch(const Driver& cu, CUfunction function, unsigned x, unsigned y, unsigned z, int threads, int shared, int cluster,
+           void* stream, void* params) {
+    enum { kClusterDimension = 4 };
+    CUlaunchAttribute attribute{};
+    attribute.id = kClusterDimension;
+    attribute.cluster = {static_cast<unsigned>(cluster), 1, 1};
+    CUlaunchConfig config{x, y, z, static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared),
+                          static_cast<CUstream>(stream), &attribute, cluster > 1 ? 1u : 0u};
+    void* arguments[] = {params};
+    FP8GEMM_CU(cu, cuLaunchKernelEx, &config, function, arguments, nullptr);
+    return FP8GEMM_OK;
+}
+
+}  // namespace
+
+int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* name, int shared_bytes, void* stream,
+                        fp8gemm_kernel** out) {
+    enum { kMaxDynamicSharedSize = 8, kRelaxed = 2 };
+    enum { kInvalidImage = 200, kNoBinaryForGpu = 209, kUnsupportedPtx = 222 };
+    const Driver* cu;
+    ContextScope scope;
+    FP8GEMM_TRY(scope.enter(device_id, &cu));
+    int capturing = 0;
+    FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
+    if (capturing)
+        return fail(FP8GEMM_NOT_PREPARED, "", "the kernel of this call is not loaded, and a stream capture is open; run the "
+                    "call once before the capture, or fp8gemm.prepare()");
+    int mode = kRelaxed;                         // another thread may be capturing
+    FP8GEMM_CU(*cu, cuThreadExchangeStreamCaptureMode, &mode);
+    CUmodule module = nullptr;
+    CUfunction function = nullptr;
+    CUresult result = cu->cuModuleLoadData(&module, cubin);
+    if (!result) result = cu->cuModuleGetFunction(&function, module, name);
+    if (!result && shared_bytes) result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, shared_bytes);
+    cu->cuThreadExchangeStreamCaptureMode(&mode);
+    if (result == kInvalidImage || result == kNoBinaryForGpu || result == kUnsupportedPtx) {
+        int version = 0;
+        cu->cuDriverGetVersion(&version);
+        return fail(FP8GEMM_UNAVAILABLE, "", "the driver (CUDA %d.%d) does not take the compiled kernel (error %d); it may be "
+                    "older than the compiler, or the GPU is not a Hopper", version / 1000, version % 1000 / 10, result);
+    }
+    if (result) return driver_failure(*cu, result, "loading a kernel");
+    auto* kernel = new (std::nothrow) fp8gemm_kernel{device_id, function};
+    if (!kernel) return fail(FP8GEMM_ARGUMENT, "", "no host memory");
+    *out = kernel;
+    return FP8GEMM_OK;
+}
+
+int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p,
+                        const fp8gemm_plan* plan, void* stream) {
+    const Driver* cu;
+    ContextScope scope;
+    FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
+    GemmParams params = make_params(*o, *p);
+    params.raster = plan->raster, params.b_policy = plan->b_policy;
+    const int tile_k = 128;                      // a CTA loads its own part of an operand that its cluster shares
+    FP8GEMM_TRY(encode_map(*cu, o->a, tile_k, plan->tile_m / plan->cluster_n, "a", &params.a));
+    FP8GEMM_TRY(encode_map(*cu, o->b, tile_k, plan->tile_n / plan->cluster_m, "b", &params.b));
+    if (p->output_by_tma)
+        FP8GEMM_TRY(encode_map(*cu, o->d, greatest_common_divisor(plan->tile_n, 64), 64, "d", &params.d));
+    const int cluster = plan->cluster_m * plan->cluster_n;
+    return launch(*cu, kernel->function, plan->num_sms / cluster * cluster, 1, 1, plan->threads, plan->shared_bytes, cluster,
+                  stream, &params);
+}
+
+int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p, void* stream) {
+    const Driver* cu;
+    ContextScope scope;
+    FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
+    GemmParams params = make_params(*o, *p);
+    const int groups = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED ? p->groups : 1;
+    return launch(*cu, kernel->function, ceil_div(p->n, 64), ceil_div(p->m, 64), groups, 256, 0, 1, stream, &params);
+}
+
+int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8gemm_tensor* x, const fp8gemm_tensor* q,
+                        const fp8gemm_tensor* s, void* stream) {
+    const Driver* cu;
+    ContextScope scope;
+    FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
+    CastParams params{x->data, static_cast<unsigned char*>(q->data), static_cast<float*>(s->data), x->shape[0], x->shape[1],
+                      x->stride[0], q->stride[0], s->stride[0], s->stride[1]};
+    const int rows = static_cast<int>(x->shape[0]), blocks = ceil_div(static_cast<int>(x->shape[1]), 128);
+    return launch(*cu, kernel->function, ceil_div(rows, per_block ? 128 : 8), blocks, 1, 256, 0, 1, stream, &params);
+}
+
+int fp8gemm_fill_zero(const fp8gemm_operands* o, const fp8gemm_problem*, void* stream) {
+    const Driver* cu;
+    ContextScope scope;
+    const fp8gemm_tensor& d = o->d;
+    FP8GEMM_TRY(scope.enter(d.device_id, &cu));
+    const int row = d.ndim - 2;
+    for (int64_t g = 0; g < (d.ndim == 3 ? d.shape[0] : 1); ++g) {
+        const auto base = reinterpret_cast<CUdeviceptr>(d.data) + (d.ndim == 3 ? g * d.stride[0] * 2 : 0);
+        FP8GEMM_CU(*cu, cuMemsetD2D8Async, base, d.stride[row] * 2, 0, d.shape[row + 1] * 2, d.shape[row],
+                   static_cast<CUstream>(stream));
+    }
+    return FP8GEMM_OK;
+}

@@ -1,0 +1,247 @@
+// The FP8 GEMM with fine-grained scales for Hopper (sm_90a), dense and grouped:
+//
+//     D[m, n] = sum over 128-wide blocks kb of K:  sa[m, kb] * sb[n / 128, kb] * (A[m, kb] . B[n, kb])
+//
+// A persistent, warp-specialised kernel. Each CTA walks over output tiles (scheduler.cuh). Its warps have two roles:
+//
+//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, warps 1-3 the scales by cp.async
+//   consumers  one or two warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
+//
+// A stage holds 128 of K of a tile: A, B and their scales. Two barriers guard it: `full` (everything has landed) and
+// `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about 14 bits
+// of a sum, so a partial sum lives there for one stage only; FP32 registers hold the rest (two-level accumulation).
+//
+// The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
+#include "params.h"
+#include "plan.cuh"
+#include "ptx.cuh"
+#include "scheduler.cuh"
+#include "wgmma.cuh"
+
+namespace fp8gemm {
+
+struct alignas(1024) SharedStorage {
+    u8 a[kStages][kTileM * kTileK];
+    u8 b[kStages][kTileN * kTileK];
+    u16 d[kConsumers][kWaves][kPanels][64 * kPanel];
+    float scales[kStages][(kScales + 3) / 4 * 4];
+    u64 full[kStages], empty[kStages];
+};
+#ifdef SMEM_BYTES
+static_assert(sizeof(SharedStorage) == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
+#endif
+
+// The ring position: stage 0 .. kStages-1, and a phase that flips on each wrap.
+struct Ring {
+    int stage = 0;
+    u32 phase = 0;
+    __device__ void advance() { if (++stage == kStages) { stage = 0; phase ^= 1; } }
+};
+
+// ---- producer: A and B ---------------------------------------------------------------------------------------------
+// In a cluster the operand that both CTAs need is loaded half by half, each half multicast to both.
+__device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_blocks) {
+    constexpr bool kShareA = kClusterN > 1, kShareB = kClusterM > 1;
+    constexpr int kRowsA = kShareA ? kTileM / 2 : kTileM, kRowsB = kShareB ? kTileN / 2 : kTileN;
+    constexpr u64 kEvictNormal = 0x1000000000000000;
+    const int rank = kCluster > 1 ? cluster_rank() : 0;
+    const int part_a = kShareA ? rank * kRowsA : 0, part_b = kShareB ? rank * kRowsB : 0;
+    Ring ring;
+    Scheduler tiles(p);
+    for (Tile tile; tiles.next(tile);) {
+        for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+            barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
+            if (elect_one()) {
+                u64* full = &s.full[ring.stage];
+                u8 *a = s.a[ring.stage] + part_a * kTileK, *b = s.b[ring.stage] + part_b * kTileK;
+                const int k = kb * kTileK, group_a = kKind == kMasked ? tile.group : 0;
+                barrier_arrive_expect(full, (kTileM + kTileN) * kTileK);
+                if constexpr (kShareA)
+                    tma_load_multicast(a, p.a, k, tile.row + part_a, group_a, full, kEvictNormal, 3);
+                else
+                    tma_load(a, p.a, k, tile.row, group_a, full, kEvictNormal);
+                if constexpr (kShareB)
+                    tma_load_multicast(b, p.b, k, tile.column + part_b, tile.group, full, p.b_policy, 3);
+                else
+                    tma_load(b, p.b, k, tile.column, tile.group, full, p.b_policy);
+            }
+            __syncwarp();
+        }
+    }
+}
+
+// ---- producer: scales ----------------------------------------------------------------------------------------------
+// Four bytes a thread and copy: any stride will do, so row-major and column-major scales need no transposing pass.
+__device__ void load_scales(const GemmParams& p, SharedStorage& s, int k_blocks) {
+    constexpr int kCopies = (kScales + kScaleThreads - 1) / kScaleThreads;
+    const int thread = threadIdx.x % 128 - 32;
+    Ring ring;
+    Scheduler tiles(p);
+    for (Tile tile; tiles.next(tile);) {
+        const float* from[kCopies];
+        bool valid[kCopies];
+        for (int c = 0; c < kCopies; ++c) {
+            const int i = thread + c * kScaleThreads;
+            if (i < kTileM) {
+                valid[c] = i < tile.rows;
+                from[c] = p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row;
+            } else {
+                const int block = tile.column / 128 + i - kTileM;
+                valid[c] = block * 128 < p.n;
+                from[c] = p.sb + tile.group * p.sb_group + block * p.sb_row;
+            }
+            if (!valid[c]) from[c] = p.sa;       // the address must still be a good one
+        }
+        for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+            barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
+            for (int c = 0; c < kCopies; ++c) {
+                const int i = thread + c * kScaleThreads;
+                if (i < kScales) copy_async_4(&s.scales[ring.stage][i], from[c], valid[c]);
+                if (valid[c]) from[c] += i < kTileM ? p.sa_k : p.sb_k;
+            }
+            copy_async_arrive(&s.full[ring.stage]);
+        }
+    }
+}
+
+// ---- consumer: epilogue --------------------------------------------------------------------------------------------
+// Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of kPanel columns.
+__device__ u32 panel_offset(int row, int column) {
+    const u32 offset = (row * kPanel + column) * sizeof(u16);
+    return offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16));
+}
+
+// 64 rows of sums, as wgmma leaves them, to bf16 in shared memory.
+__device__ void stage_wave(u16 (&panels)[kPanels][64 * kPanel], const float (&sum)[kTileN / 2]) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < kTileN / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16 of columns 8 * (l / 16) ...
+        const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
+        const float* v = &sum[j * 8];
+        store_matrix_x4(shared_address(panels[panel]) + panel_offset(row, column), pack_bf16(v[0], v[1]),
+                        pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+    }
+}
+
+// What TMA can't store: strides off 16 bytes, and a group's tail, below which another group's rows begin.
+__device__ void copy_wave(const GemmParams& p, const u16 (&panels)[kPanels][64 * kPanel], u16* d, int rows, int columns) {
+    constexpr int kChunks = kTileN / 8;
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; i < rows * kChunks; i += 128) {
+        const int row = i / kChunks, column = i % kChunks * 8;
+        const u8* from = reinterpret_cast<const u8*>(panels[column / kPanel]) + panel_offset(row, column % kPanel);
+        u16* to = d + row * p.d_row + column;
+        if (p.d_by_tma && column + 8 <= columns) {
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        } else {
+#pragma unroll 1
+            for (int e = 0; e < min(8, columns - column); ++e) to[e] = reinterpret_cast<const u16*>(from)[e];
+        }
+    }
+}
+
+// ---- consumer ------------------------------------------------------------------------------------------------------
+// Rows of this 64-row wave that belong to the tile's group (and, dense, to D).
+__device__ int rows_of_wave(const GemmParams& p, const Tile& tile, int first) {
+    const int rows = min(max(tile.rows - first, 0), 64);
+    if constexpr (kKind != kContiguous) return rows;
+    int mine = 0;                                // contiguous: a segment's padding is marked -1
+    for (int half = 0; half < 64; half += 32) {
+        const int i = half + threadIdx.x % 32;
+        const bool member = i < rows && p.layout[tile.row + first + i] == tile.group;
+        mine += __popc(__ballot_sync(0xffffffff, member));
+    }
+    return mine;
+}
+
+__device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, int consumer) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const bool leader = threadIdx.x % 128 == 0;
+    Ring ring;
+    Scheduler tiles(p);
+    for (Tile tile; tiles.next(tile);) {
+        float sum[kWaves][kTileN / 2] = {};
+        const int b_split = 128 - tile.column % 128;             // columns of the tile before its second B scale
+        for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+            barrier_wait(&s.full[ring.stage], ring.phase);
+            const float* scales = s.scales[ring.stage];
+#pragma unroll
+            for (int w = 0; w < kWaves; ++w) {
+                const int row = (consumer * kWaves + w) * 64;
+                const float *sa = scales + row + warp * 16 + lane / 4, *sb = scales + kTileM;
+                float scale[kSegments][2];                       // in registers before the stage is given back
+#pragma unroll
+                for (int i = 0; i < kSegments; ++i)
+                    for (int half = 0; half < 2; ++half) scale[i][half] = sa[half * 8] * sb[i * kSegment >= b_split];
+
+                float partial[kTileN / 2];
+                const u64 a = wgmma_operand(s.a[ring.stage] + row * kTileK), b = wgmma_operand(s.b[ring.stage]);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < kTileK / 32; ++k) Wgmma<kTileN>::mma(partial, a + 2 * k, b + 2 * k, k > 0);
+                wgmma_commit();
+                wgmma_wait<0>();
+                if (w == kWaves - 1) {                           // before the promotion: the producer need not wait for it
+                    if constexpr (kCluster == 1) { if (lane == 0) barrier_arrive(&s.empty[ring.stage]); }
+                    else if (lane < kCluster) barrier_arrive_remote(&s.empty[ring.stage], lane);
+                }
+#pragma unroll
+                for (int i = 0; i < kTileN / 2; ++i)
+                    sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[i];
+            }
+        }
+
+        if (leader) tma_store_wait_read();                       // the last tile's store has left the buffer
+        named_barrier_sync(1 + consumer, 128);
+#pragma unroll
+        for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer][w], sum[w]);
+        fence_async_proxy();
+        named_barrier_sync(1 + consumer, 128);
+#pragma unroll 1
+        for (int w = 0; w < kWaves; ++w) {
+            const int first = (consumer * kWaves + w) * 64, rows = rows_of_wave(p, tile, first);
+            const int row = tile.row + first, columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
+            if (p.d_by_tma && (rows == 64 || kKind == kDense)) {  // dense: TMA clips at D's edges by itself
+                if (leader && rows > 0)
+                    for (int i = 0; i < kPanels && i * kPanel < columns; ++i)
+                        tma_store(p.d, s.d[consumer][w][i], tile.column + i * kPanel, row, group);
+            } else {
+                copy_wave(p, s.d[consumer][w], p.d_data + group * p.d_group + row * p.d_row + tile.column, rows, columns);
+            }
+        }
+        if (leader) tma_store_commit();
+    }
+    if (leader) tma_store_wait();
+}
+
+// ---- the kernel ----------------------------------------------------------------------------------------------------
+extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __grid_constant__ GemmParams p) {
+    extern __shared__ __align__(1024) u8 shared[];
+    SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
+
+    if (threadIdx.x == 0) {
+        prefetch_map(p.a), prefetch_map(p.b);
+        if (p.d_by_tma) prefetch_map(p.d);
+        for (int i = 0; i < kStages; ++i) {
+            barrier_init(&s.full[i], 1 + kScaleThreads);
+            barrier_init(&s.empty[i], kConsumers * 4 * kCluster);
+        }
+        fence_barrier_init();
+    }
+    if constexpr (kCluster > 1) cluster_sync_barriers();
+    else __syncthreads();
+
+    const int k_blocks = (p.k + kTileK - 1) / kTileK;
+    if (warpgroup == kConsumers) {
+        if constexpr (kConsumers == 2) registers_decrease<40>();
+        if (warp % 4 == 0) load_operands(p, s, k_blocks);
+        else load_scales(p, s, k_blocks);
+    } else {
+        if constexpr (kConsumers == 2) registers_increase<232>();
+        multiply(p, s, k_blocks, warpgroup);
+    }
+    if constexpr (kCluster > 1) cluster_sync();  // a peer may still write here or arrive at these barriers
+}
+
+}  // namespace fp8gemm

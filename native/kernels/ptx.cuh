@@ -1,0 +1,111 @@
+// The PTX this project speaks, one named wrapper an instruction (PTX ISA 8.0+, sm_90a). Addresses of shared memory are
+// 32-bit; "barrier" is an mbarrier in shared memory, "phase" its parity.
+#pragma once
+
+namespace fp8gemm {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+#define PTX __device__ __forceinline__
+
+PTX u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// ---- threads and clusters ------------------------------------------------------------------------------------------
+PTX bool elect_one() {                           // true in one lane of a converged warp
+    u32 elected;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
+    return elected;
+}
+PTX u32 cluster_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
+PTX void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+PTX void cluster_sync_barriers() {               // after fence_barrier_init: nothing else needs to be made visible
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+PTX void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+template <int N> PTX void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
+template <int N> PTX void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
+
+// ---- mbarriers -----------------------------------------------------------------------------------------------------
+PTX void barrier_init(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(count) : "memory");
+}
+PTX void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+PTX void barrier_arrive_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+PTX void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+// The same barrier in CTA `rank` of the cluster. Scope .cta on purpose: it orders reads of our own shared memory, and
+// .release.cluster costs a MEMBAR.GPU each time.
+PTX void barrier_arrive_remote(u64* barrier, u32 rank) {
+    asm volatile("{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
+                 :: "r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+PTX bool barrier_try_wait(u64* barrier, u32 phase) {
+    u32 done;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
+    return done;
+}
+PTX void barrier_wait(u64* barrier, u32 phase) {
+#ifdef MAX_WAITS                                                 // debug builds: a lost arrival traps instead of hanging
+    for (int i = 0; i < MAX_WAITS; ++i)
+        if (barrier_try_wait(barrier, phase)) return;
+    __trap();
+#else
+    while (!barrier_try_wait(barrier, phase)) {}
+#endif
+}
+
+// ---- TMA: boxes of a 3-dimensional tensor --------------------------------------------------------------------------
+PTX void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory"); }
+PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                 " [%0], [%1, {%2, %3, %4}], [%5], %6;"
+                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(policy)
+                 : "memory");
+}
+PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy, u16 ranks) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;"
+                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(ranks),
+                    "l"(policy) : "memory");
+}
+PTX void tma_store(const TensorMap& map, const void* from, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 :: "l"(&map), "r"(shared_address(from)), "r"(x), "r"(y), "r"(z) : "memory");
+}
+PTX void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+PTX void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+PTX void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+PTX void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- plain asynchronous copies -------------------------------------------------------------------------------------
+PTX void copy_async_4(void* to, const void* from, bool valid) {  // writes zeros if not valid
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+PTX void copy_async_arrive(u64* barrier) {                       // arrives when this thread's earlier copies have landed
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+
+// ---- registers -> shared memory ------------------------------------------------------------------------------------
+PTX u32 pack_bf16(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+PTX void store_matrix_x4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+}  // namespace fp8gemm

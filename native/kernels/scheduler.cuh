@@ -1,0 +1,97 @@
+// Which tile a CTA computes next. Every role of the kernel runs its own copy and sees the same sequence.
+//
+// Tiles are numbered group by group; inside a group in bands of `raster` cluster tiles along M, down each column of the
+// band first, so that the tiles that run at one time share A and B in L2. Cluster c takes tiles c, c + clusters, ...
+// Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory.
+#pragma once
+#include "plan.cuh"
+#include "ptx.cuh"
+
+namespace fp8gemm {
+
+struct Tile {
+    int group;                                   // of B (and of A and D in the masked kind)
+    int row, column;                             // of A and D, of B: where this CTA's tile starts
+    int rows;                                    // of the tile that belong to the group; may be <= 0 or > kTileM
+};
+
+class Scheduler {
+public:
+    // Whole warps construct and call: the search for the group uses all 32 lanes.
+    __device__ Scheduler(const GemmParams& params)
+        : p(params), index(blockIdx.x / kCluster), columns(ceil_div(p.n, kTileN * kClusterN)) {
+        if constexpr (kKind == kRagged || kKind == kMasked) load_window(0);
+    }
+
+    __device__ bool next(Tile& tile) {
+        const int rank = kCluster > 1 ? cluster_rank() : 0;
+        int in_group = index, start = 0, rows = p.m;
+        tile.group = 0;
+        if constexpr (kKind == kRagged || kKind == kMasked) {
+            if (!find_group(tile.group, in_group, start, rows)) return false;
+        } else if (index >= ceil_div(p.m, kRows) * columns) {
+            return false;
+        }
+        index += gridDim.x / kCluster;
+
+        const int bands_rows = ceil_div(rows, kRows), band = in_group / (p.raster * columns);
+        const int height = min(p.raster, bands_rows - band * p.raster);
+        const int in_band = in_group - band * p.raster * columns;
+        const int m = (band * p.raster + in_band % height) * kClusterM + (kClusterM > 1 ? rank : 0);
+        const int n = (in_band / height) * kClusterN + (kClusterN > 1 ? rank : 0);
+        tile.row = start + m * kTileM;
+        tile.rows = rows - m * kTileM;
+        tile.column = n * kTileN;
+        if constexpr (kKind == kContiguous) {     // kClusterM is 1: both CTAs of a cluster see the same rows
+            tile.group = p.layout[tile.row];
+            if (tile.group < 0 || tile.group >= p.groups) return next(tile);
+        }
+        return true;
+    }
+
+private:
+    static constexpr int kRows = kTileM * kClusterM;
+
+    const GemmParams& p;
+    int index;                                   // of the next cluster tile
+    const int columns;                           // cluster tiles along N
+    // A window of 32 groups, one a lane: first row, rows, tiles up to and including this group since the window's first.
+    int window = 0, tiles_before = 0, lane_start = 0, lane_rows = 0, lane_tiles = 0, lane_sum = 0;
+
+    static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+    __device__ void load_window(int first) {
+        const int lane = threadIdx.x % 32, g = first + lane;
+        window = first;
+        lane_start = lane_rows = 0;
+        if (g < p.groups) {
+            const int end = min(max(p.layout[g], 0), p.m);
+            if constexpr (kKind == kRagged) lane_start = g ? min(max(p.layout[g - 1], 0), p.m) : 0;
+            lane_rows = max(end - lane_start, 0);
+        }
+        lane_sum = lane_tiles = ceil_div(lane_rows, kRows) * columns;
+        for (int step = 1; step < 32; step *= 2) {
+            const int below = __shfl_up_sync(0xffffffff, lane_sum, step);
+            if (lane >= step) lane_sum += below;
+        }
+    }
+
+    __device__ bool find_group(int& group, int& in_group, int& start, int& rows) {
+        for (;;) {
+            const unsigned beyond = __ballot_sync(0xffffffff, tiles_before + lane_sum > index);
+            if (beyond) {
+                const int lane = __ffs(beyond) - 1;
+                group = window + lane;
+                in_group = index - tiles_before - __shfl_sync(0xffffffff, lane_sum - lane_tiles, lane);
+                start = kKind == kRagged ? __shfl_sync(0xffffffff, lane_start, lane) : 0;
+                rows = __shfl_sync(0xffffffff, lane_rows, lane);
+                return true;
+            }
+            if (window + 32 >= p.groups) return false;
+            tiles_before += __shfl_sync(0xffffffff, lane_sum, 31);
+            load_window(window + 32);
+        }
+    }
+};
+
+}  // namespace fp8gemm
