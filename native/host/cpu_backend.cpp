@@ -67,4 +67,16 @@ int fp8gemm_cpu_cast(int per_block, const fp8gemm_tensor* x, const fp8gemm_tenso
     return FP8GEMM_OK;
 }
 
+int fp8gemm_cpu_copy(const fp8gemm_tensor* x, const fp8gemm_tensor* s) {
+    const int row = x->ndim - 2;
+    const bool stack = x->ndim == 3;
+    auto at = [&](const fp8gemm_tensor* t, int64_t g, int64_t i, int64_t j) {
+        return static_cast<float*>(t->data) + (stack ? g * t->stride[0] : 0) + i * t->stride[row] + j * t->stride[row + 1];
+    };
+    for (int64_t g = 0; g < (stack ? x->shape[0] : 1); ++g)
+        for (int64_t j = 0; j < x->shape[row + 1]; ++j)
+            for (int64_t i = 0; i < x->shape[row]; ++i) *at(s, g, i, j) = *at(x, g, i, j);
+    return FP8GEMM_OK;
+}
+
 const char* fp8gemm_cpu_features(void) { return cpu_features(); }

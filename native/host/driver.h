@@ -51,7 +51,8 @@ struct CUlaunchConfig {
     X(cuMemAllocAsync, CUdeviceptr*, size_t, CUstream)                                                                 \
     X(cuMemFreeAsync, CUdeviceptr, CUstream)                                                                           \
     X(cuMemFree_v2, CUdeviceptr)                                                                                       \
-    X(cuMemsetD2D8Async, CUdeviceptr, size_t, unsigned char, size_t, size_t, CUstream)                                 \
+    X(cuMemcpyDtoH_v2, void*, CUdeviceptr, size_t)                                                                     \
+    X(cuStreamSynchronize, CUstream)                                                                                   \
     X(cuStreamIsCapturing, CUstream, int*)                                                                             \
     X(cuStreamWaitEvent, CUstream, CUevent, unsigned)                                                                  \
     X(cuThreadExchangeStreamCaptureMode, int*)                                                                         \

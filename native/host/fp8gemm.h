@@ -95,6 +95,7 @@ FP8GEMM_API void *fp8gemm_buffer_data(const fp8gemm_buffer *buffer);
 FP8GEMM_API void fp8gemm_buffer_release(fp8gemm_buffer *buffer);
 FP8GEMM_API void *fp8gemm_buffer_export(fp8gemm_buffer *buffer, const fp8gemm_tensor *tensor, int versioned);
 FP8GEMM_API void fp8gemm_dlpack_delete(void *managed, int versioned);
+FP8GEMM_API void fp8gemm_capsule_delete(void *py_capsule);      /* a PyCapsule destructor */
 
 /* Checks every operand and describes the problem. Where strides[i] belongs to a dimension of 1, it is made compact. */
 FP8GEMM_API int fp8gemm_describe(fp8gemm_operands *operands, fp8gemm_problem *problem);
@@ -113,7 +114,11 @@ FP8GEMM_API int fp8gemm_launch_reference(const fp8gemm_kernel *kernel, const fp8
                                          const fp8gemm_problem *problem, void *stream);
 FP8GEMM_API int fp8gemm_launch_cast(const fp8gemm_kernel *kernel, int per_block, const fp8gemm_tensor *x,
                                     const fp8gemm_tensor *q, const fp8gemm_tensor *s, void *stream);
-FP8GEMM_API int fp8gemm_fill_zero(const fp8gemm_operands *operands, const fp8gemm_problem *problem, void *stream);
+/* s = x, both float32 of one shape and any strides: a change of layout. */
+FP8GEMM_API int fp8gemm_launch_copy(const fp8gemm_kernel *kernel, const fp8gemm_tensor *x, const fp8gemm_tensor *s,
+                                    void *stream);
+/* Waits for the stream, then copies to host memory: only `validate=True` does that. */
+FP8GEMM_API int fp8gemm_copy_to_host(int device_id, void *stream, const void *from, size_t bytes, void *to);
 
 /* Streams and events: what ordering with other frameworks' streams needs. */
 FP8GEMM_API int fp8gemm_stream_wait(int device_id, void *stream, void *other);   /* stream waits for other's work so far */
@@ -126,6 +131,7 @@ FP8GEMM_API int fp8gemm_cpu_gemm(const fp8gemm_operands *operands, const fp8gemm
                                  const fp8gemm_cpu_plan *plan);
 FP8GEMM_API int fp8gemm_cpu_cast(int per_block, const fp8gemm_tensor *x, const fp8gemm_tensor *q,
                                  const fp8gemm_tensor *s, int threads);
+FP8GEMM_API int fp8gemm_cpu_copy(const fp8gemm_tensor *x, const fp8gemm_tensor *s);
 FP8GEMM_API const char *fp8gemm_cpu_features(void);
 
 #ifdef __cplusplus

@@ -81,8 +81,8 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     int capturing = 0;
     FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
     if (capturing)
-        return fail(FP8GEMM_NOT_PREPARED, "", "the kernel of this call is not loaded, and a stream capture is open; run the "
-                    "call once before the capture, or fp8gemm.prepare()");
+        return fail(FP8GEMM_NOT_PREPARED, "", "the kernel of this call is not loaded, and a stream capture is open; make the "
+                    "call once before the capture");
     int mode = kRelaxed;                         // another thread may be capturing
     FP8GEMM_CU(*cu, cuThreadExchangeStreamCaptureMode, &mode);
     CUmodule module = nullptr;
@@ -141,16 +141,24 @@ int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8ge
     return launch(*cu, kernel->function, ceil_div(rows, per_block ? 128 : 8), blocks, 1, 256, 0, 1, stream, &params);
 }
 
-int fp8gemm_fill_zero(const fp8gemm_operands* o, const fp8gemm_problem*, void* stream) {
+int fp8gemm_launch_copy(const fp8gemm_kernel* kernel, const fp8gemm_tensor* x, const fp8gemm_tensor* s, void* stream) {
     const Driver* cu;
     ContextScope scope;
-    const fp8gemm_tensor& d = o->d;
-    FP8GEMM_TRY(scope.enter(d.device_id, &cu));
-    const int row = d.ndim - 2;
-    for (int64_t g = 0; g < (d.ndim == 3 ? d.shape[0] : 1); ++g) {
-        const auto base = reinterpret_cast<CUdeviceptr>(d.data) + (d.ndim == 3 ? g * d.stride[0] * 2 : 0);
-        FP8GEMM_CU(*cu, cuMemsetD2D8Async, base, d.stride[row] * 2, 0, d.shape[row + 1] * 2, d.shape[row],
-                   static_cast<CUstream>(stream));
-    }
+    FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
+    const int row = x->ndim - 2;
+    const bool stack = x->ndim == 3;
+    CopyParams params{static_cast<const float*>(x->data), static_cast<float*>(s->data), x->shape[row],
+                      x->stride[row], x->stride[row + 1], stack ? x->stride[0] : 0,
+                      s->stride[row], s->stride[row + 1], stack ? s->stride[0] : 0};
+    return launch(*cu, kernel->function, ceil_div(static_cast<int>(x->shape[row]), 256), static_cast<int>(x->shape[row + 1]),
+                  stack ? static_cast<int>(x->shape[0]) : 1, 256, 0, 1, stream, &params);
+}
+
+int fp8gemm_copy_to_host(int device_id, void* stream, const void* from, size_t bytes, void* to) {
+    const Driver* cu;
+    ContextScope scope;
+    FP8GEMM_TRY(scope.enter(device_id, &cu));
+    FP8GEMM_CU(*cu, cuStreamSynchronize, static_cast<CUstream>(stream));
+    FP8GEMM_CU(*cu, cuMemcpyDtoH_v2, to, reinterpret_cast<CUdeviceptr>(from), bytes);
     return FP8GEMM_OK;
 }

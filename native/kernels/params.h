@@ -32,4 +32,11 @@ struct CastParams {
     long long rows, columns, x_row, q_row, s_row, s_k;
 };
 
+// A change of layout of scales: s[g][i, j] = x[g][i, j].
+struct CopyParams {
+    const float* x;
+    float* s;
+    long long rows, x_row, x_k, x_group, s_row, s_k, s_group;
+};
+
 }  // namespace fp8gemm

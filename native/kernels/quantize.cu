@@ -86,4 +86,10 @@ extern "C" __global__ void fp8gemm_cast_per_block(const __grid_constant__ CastPa
     if (threadIdx.x == 0) p.s[blockIdx.x * p.s_row + kb * p.s_k] = s;
 }
 
+// Grid: (row steps of 256, columns, groups).
+extern "C" __global__ void fp8gemm_copy_scales(const __grid_constant__ CopyParams p) {
+    const long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x, k = blockIdx.y, g = blockIdx.z;
+    if (row < p.rows) p.s[g * p.s_group + row * p.s_row + k * p.s_k] = p.x[g * p.x_group + row * p.x_row + k * p.x_k];
+}
+
 }  // namespace fp8gemm

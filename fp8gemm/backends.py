@@ -1,0 +1,111 @@
+"""Where a described problem runs: a Hopper GPU, or the CPU."""
+
+import ctypes
+import os
+import threading
+from typing import NamedTuple
+
+from . import compiler, device, native
+from .errors import BackendUnavailable, CompileError
+from .plan import Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
+
+_kernels: dict[tuple[int, Kernel], ctypes.c_void_p] = {}
+_lock = threading.Lock()
+
+
+def loaded(device_id: int, kernel: Kernel, stream: int | None, shared_bytes: int = 0) -> ctypes.c_void_p:
+    """The kernel on that device, compiled and loaded if this process has not used it yet.
+
+    Raises BackendUnavailable (no Hopper, no driver, no compiler, a driver too old) or NotPrepared (in a capture).
+    """
+    found = _kernels.get((device_id, kernel))
+    if found is not None:
+        return found
+    with _lock:
+        if (device_id, kernel) not in _kernels:
+            device.require_hopper(device_id)
+            try:
+                cubin = compiler.cubin(kernel)
+            except CompileError as error:
+                if "NVRTC cannot be loaded" not in str(error):
+                    raise
+                raise BackendUnavailable(f"cuda:{device_id}: {error}") from error
+            _check_driver()
+            handle = ctypes.c_void_p()
+            function = kernel.function.encode()
+            native.library().kernel_load(
+                device_id, cubin, len(cubin), function, shared_bytes, stream, ctypes.byref(handle)
+            )
+            _kernels[device_id, kernel] = handle
+        return _kernels[device_id, kernel]
+
+
+def _check_driver() -> None:
+    """Cubins of a major CUDA version need a driver of that version."""
+    version = ctypes.c_int()
+    native.library().driver_version(ctypes.byref(version))
+    made_by = compiler.compiler()
+    if made_by.major > version.value // 1000:
+        raise BackendUnavailable(
+            f"the driver is of CUDA {version.value // 1000}.{version.value % 1000 // 10}, but {made_by.kind} "
+            f"{made_by.version} builds kernels for CUDA {made_by.major}: update the driver, or install fp8gemm[cu12]"
+        )
+
+
+def cuda_gemm(operands: native.Operands, found: native.Problem, plan: Plan | None, stream: int) -> None:
+    """Launches one GEMM on the stream: by `plan`, or without one by the reference kernel."""
+    library, o, p = native.library(), ctypes.byref(operands), ctypes.byref(found)
+    if found.m == 0:
+        return
+    if plan is None:
+        library.launch_reference(loaded(found.device_id, reference_kernel(found.kind), stream), o, p, stream)
+        return
+    kernel = loaded(found.device_id, plan.kernel(found.kind), stream, plan.shared_bytes)
+    library.launch_gemm(kernel, o, p, ctypes.byref(plan.native()), stream)
+
+
+def cuda_cast(
+    per_block: bool, input_type: int, x: native.Tensor, q: native.Tensor, s: native.Tensor, stream: int
+) -> None:
+    """Launches a quantiser."""
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        return
+    kernel = loaded(x.device_id, cast_kernel(per_block, input_type), stream)
+    native.library().launch_cast(kernel, per_block, ctypes.byref(x), ctypes.byref(q), ctypes.byref(s), stream)
+
+
+def cuda_copy(x: native.Tensor, s: native.Tensor, stream: int) -> None:
+    """Launches a copy of float32 scales into another layout."""
+    if 0 not in x.shape[: x.ndim]:
+        kernel = loaded(x.device_id, copy_kernel(), stream)
+        native.library().launch_copy(kernel, ctypes.byref(x), ctypes.byref(s), stream)
+
+
+class CpuPlan(NamedTuple):
+    """How the CPU backend computes: worker threads, columns of D that one takes at a time."""
+
+    threads: int
+    tile_n: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.threads} threads, {self.tile_n} columns"
+
+
+def cpu_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_gemm(operands: native.Operands, found: native.Problem, plan: CpuPlan) -> None:
+    """Computes one GEMM now, on the calling thread and `plan.threads - 1` more."""
+    native.library().cpu_gemm(ctypes.byref(operands), ctypes.byref(found), ctypes.byref(native.CpuPlan(*plan)))
+
+
+def cpu_cast(per_block: bool, x: native.Tensor, q: native.Tensor, s: native.Tensor) -> None:
+    """Quantises now."""
+    native.library().cpu_cast(per_block, ctypes.byref(x), ctypes.byref(q), ctypes.byref(s), cpu_threads())
+
+
+def cpu_copy(x: native.Tensor, s: native.Tensor) -> None:
+    """Copies float32 scales into another layout, now."""
+    native.library().cpu_copy(ctypes.byref(x), ctypes.byref(s))

@@ -1,0 +1,73 @@
+"""What a CUDA device is, and how many of its SMs the library may use."""
+
+import ctypes
+import functools
+import threading
+from typing import NamedTuple
+
+from . import native
+from .errors import BackendUnavailable, Fp8GemmError, OperandError
+
+
+class Device(NamedTuple):
+    """The properties that plans depend on. Rates are what the device reports, not what a GEMM reaches."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    l2_bytes: int
+    shared_bytes: int  # most shared memory of one CTA
+    clock_hz: float
+    memory_bandwidth: float  # bytes per second; 0 if the driver does not tell
+
+
+@functools.cache
+def read_device(device_id: int) -> Device:
+    """Properties of a CUDA device. Raises BackendUnavailable without a driver, DriverError for an unknown device."""
+    raw = native.Device()
+    native.library().device_read(device_id, ctypes.byref(raw))
+    bandwidth = 2 * raw.memory_clock_khz * 1e3 * raw.memory_bus_bits / 8
+    name = raw.name.decode()
+    return Device(name, (raw.major, raw.minor), raw.sms, raw.l2_bytes, raw.shared_bytes, raw.clock_khz * 1e3, bandwidth)
+
+
+def require_hopper(device_id: int) -> Device:
+    """The device, if it is a Hopper (compute capability 9.0); raises BackendUnavailable if not."""
+    device = read_device(device_id)
+    if device.capability != (9, 0):
+        major, minor = device.capability
+        raise BackendUnavailable(
+            f"cuda:{device_id} is a {device.name} of compute capability {major}.{minor}; the kernels need 9.0 (Hopper)"
+        )
+    return device
+
+
+def hopper_devices() -> list[int]:
+    """Ids of the Hopper GPUs of this process; empty without a driver."""
+    count = ctypes.c_int()
+    try:
+        native.library().device_count(ctypes.byref(count))
+        return [i for i in range(count.value) if read_device(i).capability == (9, 0)]
+    except Fp8GemmError:
+        return []
+
+
+_limits: dict[int, int] = {}
+_lock = threading.Lock()
+
+
+def set_num_sms(num_sms: int, device: int = 0) -> None:
+    """Lets GEMMs on `device` use at most `num_sms` SMs, from 1 to all of them, as to leave some for communication.
+
+    Raises OperandError for a number outside that range.
+    """
+    most = read_device(device).sms
+    if isinstance(num_sms, bool) or not isinstance(num_sms, int) or not 1 <= num_sms <= most:
+        raise OperandError("num_sms", f"{num_sms!r}; cuda:{device} has {most} SMs, so an int from 1 to {most}")
+    with _lock:
+        _limits[device] = num_sms
+
+
+def get_num_sms(device: int = 0) -> int:
+    """SMs that GEMMs on `device` may use: what `set_num_sms` said, else all."""
+    return _limits.get(device) or read_device(device).sms

@@ -1,0 +1,144 @@
+"""Plans: how a problem is computed on a Hopper GPU.
+
+A plan has two halves. The compiled half (tile, stages, cluster) goes into the kernel as macros and, with the kind, keys a
+cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says what is legal.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from . import native
+from .device import Device
+from .errors import PlanError
+
+TILE_K = 128  # one scale block, one swizzled row of shared memory
+BLOCK = 128  # rows of B under one scale
+
+# createpolicy encodings, as the driver's headers' users know them: fractional policies over all of the data.
+L2_POLICIES = {
+    "evict_normal": 0x1000000000000000,
+    "evict_first": 0x12F0000000000000,
+    "evict_last": 0x14F0000000000000,
+}
+TILE_MS = (64, 128, 256)
+TILE_NS = tuple(n for n in range(16, 193, 16) if n != 176)  # 176 could need three B scales
+CLUSTERS = ((1, 1), (2, 1), (1, 2))
+MAX_STAGES = 12
+
+
+class Kernel(NamedTuple):
+    """What to compile: a source of native/kernels, a function of it, its macros."""
+
+    source: str
+    function: str
+    macros: tuple[tuple[str, int], ...]
+
+
+class Plan(NamedTuple):
+    """One way to compute a problem. Tiles in elements; `cluster_m` CTAs share a B tile, `cluster_n` an A tile."""
+
+    tile_m: int
+    tile_n: int
+    stages: int
+    cluster_m: int = 1
+    cluster_n: int = 1
+    num_sms: int = 1
+    raster: int = 1
+    b_policy: str = "evict_normal"
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def threads(self) -> int:
+        """One producer warpgroup, and one consumer warpgroup a 64 rows, two at most."""
+        return 128 * (2 if self.tile_m == 64 else 3)
+
+    @property
+    def shared_bytes(self) -> int:
+        """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
+        scales = (self.tile_m + 2 + 3) // 4 * 16
+        stage = (self.tile_m + self.tile_n) * TILE_K + scales + 2 * 8
+        total = self.stages * stage + self.tile_m * self.tile_n * 2
+        return (total + 1023) // 1024 * 1024
+
+    def violations(self, kind: int, device: Device) -> Iterator[str]:
+        """Every rule that the plan breaks for this kind of problem on this device, in words; none if it is legal."""
+        if self.tile_m not in TILE_MS:
+            yield f"tile_m {self.tile_m}, allowed are {TILE_MS}"
+        if self.tile_n not in TILE_NS:
+            yield f"tile_n {self.tile_n}, allowed are {TILE_NS}"
+        if self.tile_m > 128 and self.tile_n > 128:
+            yield f"tile {self.tile_m} x {self.tile_n}: the FP32 sums do not fit in registers, one side must be <= 128"
+        if (self.cluster_m, self.cluster_n) not in CLUSTERS:
+            yield f"cluster {self.cluster_m} x {self.cluster_n}, allowed are {CLUSTERS}"
+        if not 2 <= self.stages <= MAX_STAGES:
+            yield f"{self.stages} stages, allowed are 2 to {MAX_STAGES}"
+        if self.shared_bytes > device.shared_bytes:
+            yield f"{self.shared_bytes} bytes of shared memory, {device.name} has {device.shared_bytes} for a CTA"
+        if kind == native.CONTIGUOUS and (self.tile_m > 128 or self.cluster_m > 1):
+            yield "tile_m 256 or cluster_m 2 for contiguous groups: their segments are aligned to 128 rows only"
+        if not self.cluster <= self.num_sms <= device.sms:
+            yield f"num_sms {self.num_sms}, allowed are {self.cluster} (the cluster) to {device.sms}"
+        if self.raster < 1:
+            yield f"raster {self.raster}, must be at least 1"
+        if self.b_policy not in L2_POLICIES:
+            yield f"b_policy {self.b_policy!r}, allowed are {tuple(L2_POLICIES)}"
+
+    def check(self, kind: int, device: Device) -> None:
+        """Raises PlanError if the plan is illegal."""
+        if broken := list(self.violations(kind, device)):
+            raise PlanError(f"{self}: " + "; ".join(broken))
+
+    def kernel(self, kind: int) -> Kernel:
+        macros = {
+            "TILE_M": self.tile_m,
+            "TILE_N": self.tile_n,
+            "STAGES": self.stages,
+            "CLUSTER_M": self.cluster_m,
+            "CLUSTER_N": self.cluster_n,
+            "KIND": kind,
+            "SMEM_BYTES": self.shared_bytes,
+        }
+        return Kernel("gemm.cu", "fp8gemm_gemm", tuple(macros.items()))
+
+    def native(self) -> native.Plan:
+        fields = self._asdict() | {"b_policy": L2_POLICIES[self.b_policy]}
+        return native.Plan(**fields, shared_bytes=self.shared_bytes, threads=self.threads)
+
+    def __str__(self) -> str:
+        cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster > 1 else ""
+        return f"{self.tile_m}x{self.tile_n} stages {self.stages}{cluster} sms {self.num_sms} raster {self.raster}"
+
+
+def reference_kernel(kind: int) -> Kernel:
+    """The plain FP32 GEMM: the slow path for strides that TMA cannot take, and what plans are checked against."""
+    return Kernel("reference.cu", "fp8gemm_reference", (("KIND", kind),))
+
+
+def cast_kernel(per_block: bool, input_type: int) -> Kernel:
+    """A quantiser; `input_type` 0 bf16, 1 fp16, 2 fp32."""
+    function = "fp8gemm_cast_per_block" if per_block else "fp8gemm_cast_per_token"
+    return Kernel("quantize.cu", function, (("INPUT", input_type),))
+
+
+def copy_kernel() -> Kernel:
+    """Copies scales into another layout."""
+    return Kernel("quantize.cu", "fp8gemm_copy_scales", (("INPUT", 2),))
+
+
+@functools.cache
+def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
+    """Every legal compiled half for this kind, each with as many stages as fit in shared memory."""
+    plans = []
+    for tile_m in TILE_MS:
+        for tile_n in TILE_NS:
+            for cluster_m, cluster_n in CLUSTERS:
+                for stages in range(MAX_STAGES, 1, -1):
+                    plan = Plan(tile_m, tile_n, stages, cluster_m, cluster_n, device.sms)
+                    if not any(plan.violations(kind, device)):
+                        plans.append(plan)
+                        break
+    return tuple(plans)

@@ -1,0 +1,31 @@
+"""Which plan a problem gets."""
+
+from . import cost, native
+from .backends import CpuPlan, cpu_threads
+from .device import get_num_sms, require_hopper
+from .plan import Plan
+from .problem import Problem
+
+
+def bucket(m: int) -> int:
+    """Rows for which one plan serves: the next multiple of 16 up to 128, of 64 up to 1024, of 256 above.
+
+    A plan depends on M through its number of tiles, of at least 64 rows; finer steps would only cost host time.
+    """
+    step = 16 if m <= 128 else 64 if m <= 1024 else 256
+    return -(-m // step) * step
+
+
+def cuda_plan(found: native.Problem, expected_m: int = 0) -> Plan | None:
+    """The plan of a described problem on its device; None where only the reference kernel can run it."""
+    if not found.inputs_by_tma or found.k == 0 or found.m == 0:
+        return None
+    device = require_hopper(found.device_id)
+    m = found.m if found.kind == native.MASKED and not expected_m else bucket(found.m)
+    problem = Problem(found.kind, m, found.n, found.k, found.groups, bucket(expected_m))
+    return cost.default_plan(problem, device, get_num_sms(found.device_id))
+
+
+def cpu_plan(found: native.Problem) -> CpuPlan:
+    """The CPU backend's plan of a described problem."""
+    return CpuPlan(cpu_threads())

@@ -1,0 +1,1 @@
+"""Kernel sources, compiled at run time."""

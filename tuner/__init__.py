@@ -1,0 +1,1 @@
+"""The tuner: measures plans and keeps the winners. Not there yet."""
