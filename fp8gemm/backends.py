@@ -85,7 +85,7 @@ class CpuPlan(NamedTuple):
     """How the CPU backend computes: worker threads, columns of D that one takes at a time."""
 
     threads: int
-    tile_n: int = 64
+    tile_n: int
 
     def __str__(self) -> str:
         return f"{self.threads} threads, {self.tile_n} columns"

@@ -136,7 +136,6 @@ def _call(
         shape = (found.groups, found.m, found.n) if kind == native.MASKED else (found.m, found.n)
         d = Tensor(shape, BF16, (found.device_type, found.device_id), handle)
         operands.d = d.view
-        found.output_by_tma = found.n % 8 == 0
     if handle is None:
         backends.cpu_gemm(operands, found, planner.cpu_plan(found))
     else:

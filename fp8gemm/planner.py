@@ -7,6 +7,9 @@ from .plan import Plan
 from .problem import Problem
 
 
+CPU_TILE_M = 256  # native/host/cpu_gemm.cpp
+
+
 def bucket(m: int) -> int:
     """Rows for which one plan serves: the next multiple of 16 up to 128, of 64 up to 1024, of 256 above.
 
@@ -28,4 +31,9 @@ def cuda_plan(found: native.Problem, expected_m: int = 0) -> Plan | None:
 
 def cpu_plan(found: native.Problem) -> CpuPlan:
     """The CPU backend's plan of a described problem."""
-    return CpuPlan(cpu_threads())
+    threads = cpu_threads()
+    rows = -(-found.m // CPU_TILE_M)
+    for tile_n in (256, 128, 64):
+        if rows * (found.n // tile_n) >= 4 * threads:  # enough tiles that none waits long for the last
+            return CpuPlan(threads, tile_n)
+    return CpuPlan(threads, 32)

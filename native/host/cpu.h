@@ -19,6 +19,9 @@ struct CpuGemm {
 // Rows are independent: a row's bits depend neither on m, threads nor tile_n.
 void cpu_gemm(const CpuGemm& problem);
 
+// Runs body(context, i) for i in [0, count) on at most `threads` threads, the caller among them.
+void cpu_parallel_for(int threads, int64_t count, void (*body)(void* context, int64_t i), void* context);
+
 enum class FloatType { bf16, f16, f32 };
 
 // 1x128 blocks: x (m, k) -> q e4m3 (m, k), s FP32 (m, ceil(k / 128)).  s = max(amax, 1e-4) / 448,  q = e4m3(x / s): IEEE

@@ -211,6 +211,7 @@ int fp8gemm_describe(fp8gemm_operands* o, fp8gemm_problem* p) {
                             all[i].name);
     }
     p->inputs_by_tma = suits_tma(o->a) && suits_tma(o->b);
-    p->output_by_tma = !given || suits_tma(o->d);
+    // TMA clips at 16 bytes: it would write past a row whose end is not a multiple of them.
+    p->output_by_tma = p->n % 8 == 0 && (!given || suits_tma(o->d));
     return FP8GEMM_OK;
 }

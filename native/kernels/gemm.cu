@@ -24,7 +24,7 @@ struct alignas(1024) SharedStorage {
     u8 a[kStages][kTileM * kTileK];
     u8 b[kStages][kTileN * kTileK];
     u16 d[kConsumers][kWaves][kPanels][64 * kPanel];
-    float scales[kStages][(kScales + 3) / 4 * 4];
+    float scales[kStages][kScales];
     u64 full[kStages], empty[kStages];
 };
 #ifdef SMEM_BYTES
@@ -73,7 +73,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
 // ---- producer: scales ----------------------------------------------------------------------------------------------
 // Four bytes a thread and copy: any stride will do, so row-major and column-major scales need no transposing pass.
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int k_blocks) {
-    constexpr int kCopies = (kScales + kScaleThreads - 1) / kScaleThreads;
+    constexpr int kCopies = (kTileM + 2 + kScaleThreads - 1) / kScaleThreads;
     const int thread = threadIdx.x % 128 - 32;
     Ring ring;
     Scheduler tiles(p);
@@ -96,7 +96,7 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int k_blocks)
             barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
                 const int i = thread + c * kScaleThreads;
-                if (i < kScales) copy_async_4(&s.scales[ring.stage][i], from[c], valid[c]);
+                if (i < kTileM + 2) copy_async_4(&s.scales[ring.stage][i], from[c], valid[c]);
                 if (valid[c]) from[c] += i < kTileM ? p.sa_k : p.sb_k;
             }
             copy_async_arrive(&s.full[ring.stage]);
@@ -154,40 +154,66 @@ __device__ int rows_of_wave(const GemmParams& p, const Tile& tile, int first) {
     return mine;
 }
 
+// Gives a stage back to every producer that fills it: one arrival a warp, in each CTA of the cluster.
+__device__ void release(u64* empty) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kCluster == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else if (lane < kCluster) {
+        barrier_arrive_remote(empty, lane);
+    }
+}
+
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
+    const int first_row = consumer * kWaves * 64;
+    const u32 a_first = wgmma_address(s.a[0] + first_row * kTileK), b_first = wgmma_address(s.b[0]);
+    const float* scales_first = s.scales[0] + first_row + warp * 16 + lane / 4;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
+        int rows[kWaves];
+        for (int w = 0; w < kWaves; ++w) rows[w] = rows_of_wave(p, tile, first_row + w * 64);
+        if (rows[0] == 0) {                                      // nothing of ours here: keep the ring going
+            for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+                barrier_wait(&s.full[ring.stage], ring.phase);
+                release(&s.empty[ring.stage]);
+            }
+            continue;
+        }
+
         float sum[kWaves][kTileN / 2] = {};
         const int b_split = 128 - tile.column % 128;             // columns of the tile before its second B scale
-        for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
-            barrier_wait(&s.full[ring.stage], ring.phase);
-            const float* scales = s.scales[ring.stage];
+        bool landed = false;
+        for (int kb = 0; kb < k_blocks; ++kb) {
+            const int stage = ring.stage;
+            if (!landed) barrier_wait(&s.full[stage], ring.phase);
+            float scale[kWaves][kSegments][2];
 #pragma unroll
             for (int w = 0; w < kWaves; ++w) {
-                const int row = (consumer * kWaves + w) * 64;
-                const float *sa = scales + row + warp * 16 + lane / 4, *sb = scales + kTileM;
-                float scale[kSegments][2];                       // in registers before the stage is given back
-#pragma unroll
-                for (int i = 0; i < kSegments; ++i)
-                    for (int half = 0; half < 2; ++half) scale[i][half] = sa[half * 8] * sb[i * kSegment >= b_split];
-
                 float partial[kTileN / 2];
-                const u64 a = wgmma_operand(s.a[ring.stage] + row * kTileK), b = wgmma_operand(s.b[ring.stage]);
+                const u32 a = a_first + (stage * kTileM + w * 64) * (kTileK / 16), b = b_first + stage * kTileN * (kTileK / 16);
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < kTileK / 32; ++k) Wgmma<kTileN>::mma(partial, a + 2 * k, b + 2 * k, k > 0);
+                for (int k = 0; k < kTileK / 32; ++k) Wgmma<kTileN>::mma(partial, wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k), k > 0);
                 wgmma_commit();
+                if (w == 0) {                                    // in the shadow of the tensor core
+                    const float *sa = scales_first + stage * kScales, *sb = s.scales[stage] + kTileM;
+#pragma unroll
+                    for (int v = 0; v < kWaves; ++v)
+                        for (int i = 0; i < kSegments; ++i)
+                            for (int half = 0; half < 2; ++half)
+                                scale[v][i][half] = sa[v * 64 + half * 8] * sb[i * kSegment >= b_split];
+                }
+                if (w == kWaves - 1) ring.advance();
                 wgmma_wait<0>();
-                if (w == kWaves - 1) {                           // before the promotion: the producer need not wait for it
-                    if constexpr (kCluster == 1) { if (lane == 0) barrier_arrive(&s.empty[ring.stage]); }
-                    else if (lane < kCluster) barrier_arrive_remote(&s.empty[ring.stage], lane);
+                if (w == kWaves - 1) {                           // before the promotion: neither side need wait for it
+                    release(&s.empty[stage]);
+                    landed = barrier_test(&s.full[ring.stage], ring.phase);
                 }
 #pragma unroll
-                for (int i = 0; i < kTileN / 2; ++i)
-                    sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[i];
+                for (int i = 0; i < kTileN / 2; ++i) sum[w][i] += scale[w][i * 2 / kSegment][i / 2 % 2] * partial[i];
             }
         }
 
@@ -197,16 +223,16 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
         for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer][w], sum[w]);
         fence_async_proxy();
         named_barrier_sync(1 + consumer, 128);
-#pragma unroll 1
+#pragma unroll
         for (int w = 0; w < kWaves; ++w) {
-            const int first = (consumer * kWaves + w) * 64, rows = rows_of_wave(p, tile, first);
-            const int row = tile.row + first, columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
-            if (p.d_by_tma && (rows == 64 || kKind == kDense)) {  // dense: TMA clips at D's edges by itself
-                if (leader && rows > 0)
+            const int row = tile.row + (consumer * kWaves + w) * 64, columns = p.n - tile.column;
+            const int group = kKind == kMasked ? tile.group : 0;
+            if (p.d_by_tma && (rows[w] == 64 || kKind == kDense)) {      // dense: TMA clips at D's edges by itself
+                if (leader && rows[w] > 0)
                     for (int i = 0; i < kPanels && i * kPanel < columns; ++i)
                         tma_store(p.d, s.d[consumer][w][i], tile.column + i * kPanel, row, group);
             } else {
-                copy_wave(p, s.d[consumer][w], p.d_data + group * p.d_group + row * p.d_row + tile.column, rows, columns);
+                copy_wave(p, s.d[consumer][w], p.d_data + group * p.d_group + row * p.d_row + tile.column, rows[w], columns);
             }
         }
         if (leader) tma_store_commit();

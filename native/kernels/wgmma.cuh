@@ -12,10 +12,12 @@ PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> PTX void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory"); }
 
-// Shared-memory operand: rows of 128 bytes, swizzled by TMA in atoms of 8 rows (1024 bytes apart). Add 2 for 32 more of K.
-PTX u64 wgmma_operand(const void* tile) {
-    constexpr u64 kSwizzle128 = 1ull << 62, kAtomStride = (1024ull >> 4) << 32, kUnused = 1ull << 16;
-    return kSwizzle128 | kAtomStride | kUnused | ((shared_address(tile) & 0x3ffff) >> 4);
+// Descriptor of an operand in shared memory: rows of 128 bytes, swizzled by TMA in atoms of 8 rows (1024 bytes apart).
+// Addresses count 16 bytes: add 2 for the next 32 of K. They are kept apart so that a loop adds to 32 bits only.
+PTX u32 wgmma_address(const void* tile) { return shared_address(tile) / 16; }
+PTX u64 wgmma_operand(u32 address) {
+    constexpr u32 kSwizzle128 = 1u << 30, kAtomStride = 1024 / 16, kUnused = 1u << 16;
+    return static_cast<u64>(kSwizzle128 | kAtomStride) << 32 | (kUnused | address);
 }
 
 template <int N> struct Wgmma;                   // Wgmma<N>::mma(d, a, b, accumulate): d = a . b' (+ d)
