@@ -119,6 +119,15 @@ bool suits_tma(const Tensor& t) {
     return true;
 }
 
+// Scales of A with rows fastest and the other strides in multiples of 16 bytes.
+bool suits_tma_by_columns(const Tensor& sa) {
+    const int row = sa.ndim - 2;
+    if (reinterpret_cast<uintptr_t>(sa.data) % 16 || sa.stride[row] != 1) return false;
+    for (int i = 0; i < sa.ndim; ++i)
+        if (i != row && (sa.stride[i] % 4 || sa.stride[i] == 0)) return false;
+    return true;
+}
+
 struct Named { Tensor* tensor; const char* name; };
 
 int check_devices(const Named* all, int count) {
@@ -211,6 +220,8 @@ int fp8gemm_describe(fp8gemm_operands* o, fp8gemm_problem* p) {
                             all[i].name);
     }
     p->inputs_by_tma = suits_tma(o->a) && suits_tma(o->b);
+    // A ragged group starts at any row, but a box of TMA only at a multiple of 16 bytes.
+    p->scales_by_tma = o->kind != FP8GEMM_RAGGED && suits_tma_by_columns(o->sa);
     // TMA clips at 16 bytes: it would write past a row whose end is not a multiple of them.
     p->output_by_tma = p->n % 8 == 0 && (!given || suits_tma(o->d));
     return FP8GEMM_OK;

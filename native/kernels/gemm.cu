@@ -4,7 +4,7 @@
 //
 // A persistent, warp-specialised kernel. Each CTA walks over output tiles (scheduler.cuh). Its warps have two roles:
 //
-//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, warps 1-3 the scales by cp.async
+//   producer   one warpgroup: warp 0 streams A, B and A's scales by TMA into a ring of stages, the others what TMA can't
 //   consumers  one or two warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
 // A stage holds 128 of K of a tile: A, B and their scales. Two barriers guard it: `full` (everything has landed) and
@@ -24,7 +24,7 @@ struct alignas(1024) SharedStorage {
     u8 a[kStages][kTileM * kTileK];
     u8 b[kStages][kTileN * kTileK];
     u16 d[kConsumers][kWaves][kPanels][64 * kPanel];
-    float scales[kStages][kScales];
+    float scales[kStages][kScaleSlots];
     u64 full[kStages], empty[kStages];
 };
 #ifdef SMEM_BYTES
@@ -55,7 +55,8 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
                 u64* full = &s.full[ring.stage];
                 u8 *a = s.a[ring.stage] + part_a * kTileK, *b = s.b[ring.stage] + part_b * kTileK;
                 const int k = kb * kTileK, group_a = kKind == kMasked ? tile.group : 0;
-                barrier_arrive_expect(full, (kTileM + kTileN) * kTileK);
+                barrier_arrive_expect(full, (kTileM + kTileN) * kTileK + (p.sa_by_tma ? kTileM * sizeof(float) : 0));
+                if (p.sa_by_tma) tma_load(s.scales[ring.stage], p.scales, tile.row, kb, group_a, full, kEvictNormal);
                 if constexpr (kShareA)
                     tma_load_multicast(a, p.a, k, tile.row + part_a, group_a, full, kEvictNormal, 3);
                 else
@@ -71,32 +72,36 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
 }
 
 // ---- producer: scales ----------------------------------------------------------------------------------------------
-// Four bytes a thread and copy: any stride will do, so row-major and column-major scales need no transposing pass.
+// TMA brings A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout, come by
+// four-byte copies, so that no layout needs a transposing pass.
+__device__ int scale_copies(const GemmParams& p) { return p.sa_by_tma ? kScales - kTileM : kScales; }
+__device__ int scale_threads(const GemmParams& p) { return min(scale_copies(p), kScaleThreads); }
+
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int k_blocks) {
-    constexpr int kCopies = (kTileM + 2 + kScaleThreads - 1) / kScaleThreads;
-    const int thread = threadIdx.x % 128 - 32;
+    constexpr int kCopies = (kScales + kScaleThreads - 1) / kScaleThreads;
+    const int thread = threadIdx.x % 128 - 32, first = kScales - scale_copies(p) + thread;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
         bool valid[kCopies];
         for (int c = 0; c < kCopies; ++c) {
-            const int i = thread + c * kScaleThreads;
+            const int i = first + c * kScaleThreads;
             if (i < kTileM) {
                 valid[c] = i < tile.rows;
                 from[c] = p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row;
             } else {
                 const int block = tile.column / 128 + i - kTileM;
-                valid[c] = block * 128 < p.n;
+                valid[c] = i < kScales && block * 128 < p.n;
                 from[c] = p.sb + tile.group * p.sb_group + block * p.sb_row;
             }
-            if (!valid[c]) from[c] = p.sa;       // the address must still be a good one
+            if (!valid[c]) from[c] = p.sa;       // zeros are copied, but the address must be a good one
         }
-        for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+        for (int kb = 0; kb < k_blocks && thread < scale_threads(p); ++kb, ring.advance()) {
             barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
-                const int i = thread + c * kScaleThreads;
-                if (i < kTileM + 2) copy_async_4(&s.scales[ring.stage][i], from[c], valid[c]);
+                const int i = first + c * kScaleThreads;
+                if (i < kScales) copy_async_4(&s.scales[ring.stage][i], from[c], valid[c]);
                 if (valid[c]) from[c] += i < kTileM ? p.sa_k : p.sb_k;
             }
             copy_async_arrive(&s.full[ring.stage]);
@@ -199,7 +204,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
                 for (int k = 0; k < kTileK / 32; ++k) Wgmma<kTileN>::mma(partial, wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k), k > 0);
                 wgmma_commit();
                 if (w == 0) {                                    // in the shadow of the tensor core
-                    const float *sa = scales_first + stage * kScales, *sb = s.scales[stage] + kTileM;
+                    const float *sa = scales_first + stage * kScaleSlots, *sb = s.scales[stage] + kTileM;
 #pragma unroll
                     for (int v = 0; v < kWaves; ++v)
                         for (int i = 0; i < kSegments; ++i)
@@ -248,9 +253,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
 
     if (threadIdx.x == 0) {
         prefetch_map(p.a), prefetch_map(p.b);
+        if (p.sa_by_tma) prefetch_map(p.scales);
         if (p.d_by_tma) prefetch_map(p.d);
         for (int i = 0; i < kStages; ++i) {
-            barrier_init(&s.full[i], 1 + kScaleThreads);
+            barrier_init(&s.full[i], 1 + scale_threads(p));
             barrier_init(&s.empty[i], kConsumers * 4 * kCluster);
         }
         fence_barrier_init();
@@ -262,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers == 2) registers_decrease<40>();
         if (warp % 4 == 0) load_operands(p, s, k_blocks);
-        else load_scales(p, s, k_blocks);
+        else if ((warp % 4 - 1) * 32 < scale_threads(p)) load_scales(p, s, k_blocks);
     } else {
         if constexpr (kConsumers == 2) registers_increase<232>();
         multiply(p, s, k_blocks, warpgroup);

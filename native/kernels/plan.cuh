@@ -23,7 +23,8 @@ constexpr int kConsumers = kTileM == 64 ? 1 : 2;                 // math warpgro
 constexpr int kWaves = kTileM / (64 * kConsumers);               // 64-row wgmma blocks of a consumer, one after another
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kScaleThreads = 96;                                // of the producer
-constexpr int kScales = kTileM + 4;                              // a stage's: of A, one a row; of B, at most two (and padding)
+constexpr int kScales = kTileM + 2;                              // a stage's: of A, one a row; of B, at most two
+constexpr int kScaleSlots = kTileM + 32;                         // TMA writes at multiples of 128 bytes
 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
