@@ -59,7 +59,15 @@ void compact_ones(Tensor& t) {
         if (t.shape[i] == 1) t.stride[i] = i == t.ndim - 1 ? 1 : (t.shape[i + 1] * t.stride[i + 1] + 15) / 16 * 16;
 }
 
+// Its strides and address carry no meaning; NumPy makes them 0.
+bool is_empty(const Tensor& t) {
+    for (int i = 0; i < t.ndim; ++i)
+        if (t.shape[i] == 0) return true;
+    return false;
+}
+
 int check_strides(const Tensor& t, const char* name, bool inner_contiguous, int alignment) {
+    if (is_empty(t)) return FP8GEMM_OK;
     for (int i = 0; i < t.ndim; ++i)
         if (t.stride[i] < 0 || t.stride[i] > INT64_C(1) << 40)
             return fail(FP8GEMM_LAYOUT, name, "stride %" PRId64 " of dimension %d, allowed are 0 to 2^40", t.stride[i], i);
@@ -73,6 +81,7 @@ int check_strides(const Tensor& t, const char* name, bool inner_contiguous, int 
 
 int check_output(const Tensor& d) {
     if (d.read_only) return fail(FP8GEMM_LAYOUT, "d", "read-only; it is written");
+    if (is_empty(d)) return FP8GEMM_OK;
     for (int i = 0; i + 1 < d.ndim; ++i) {
         int64_t extent = 0;                      // of what lies inside dimension i
         for (int j = i + 1; j < d.ndim; ++j) extent += (d.shape[j] - 1) * d.stride[j];
@@ -81,12 +90,6 @@ int check_output(const Tensor& d) {
                         d.stride[i], i, extent + 1);
     }
     return FP8GEMM_OK;
-}
-
-bool is_empty(const Tensor& t) {
-    for (int i = 0; i < t.ndim; ++i)
-        if (t.shape[i] == 0) return true;
-    return false;
 }
 
 // Whether two strided tensors can share a byte. Exact for rows side by side in one buffer, else by their extents.

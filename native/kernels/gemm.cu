@@ -46,6 +46,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
     constexpr u64 kEvictNormal = 0x1000000000000000;
     const int rank = kCluster > 1 ? cluster_rank() : 0;
     const int part_a = kShareA ? rank * kRowsA : 0, part_b = kShareB ? rank * kRowsB : 0;
+    const int bytes = (p.a_box_rows * kClusterN + kTileN) * kTileK + p.scales_box_rows * static_cast<int>(sizeof(float));
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
@@ -55,7 +56,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
                 u64* full = &s.full[ring.stage];
                 u8 *a = s.a[ring.stage] + part_a * kTileK, *b = s.b[ring.stage] + part_b * kTileK;
                 const int k = kb * kTileK, group_a = kKind == kMasked ? tile.group : 0;
-                barrier_arrive_expect(full, (kTileM + kTileN) * kTileK + (p.sa_by_tma ? kTileM * sizeof(float) : 0));
+                barrier_arrive_expect(full, bytes);
                 if (p.sa_by_tma) tma_load(s.scales[ring.stage], p.scales, tile.row, kb, group_a, full, kEvictNormal);
                 if constexpr (kShareA)
                     tma_load_multicast(a, p.a, k, tile.row + part_a, group_a, full, kEvictNormal, 3);

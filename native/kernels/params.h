@@ -19,6 +19,7 @@ struct GemmParams {
     const int* layout;                           // m_indices, group_ends or masked_m (int32, on the device); null if dense
     long long a_row, a_group, b_row, b_group, d_row, d_group;
     long long sa_row, sa_k, sa_group, sb_row, sb_k, sb_group;
+    int a_box_rows, scales_box_rows;             // of what a CTA loads: fewer than a tile where A is shorter than that
     int m, n, k, groups;                         // m: rows of one group for masked, of all of A otherwise
     int raster;                                  // rows of cluster tiles walked together before the next column band
     int d_by_tma;                                // D's base and strides suit TMA (16-byte multiples)
