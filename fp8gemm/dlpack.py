@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from . import native
-from .errors import DTypeError, OperandError
+from .errors import DTypeError, LayoutError, OperandError, ShapeError
 
 LEGACY_STREAM = 1  # CUDA's default stream, in the numbering of DLPack and the driver
 _MAX_VERSION = (1, 1)
@@ -125,6 +125,8 @@ def read(x: object, argument: str, stream: int | None = None) -> Imported:
 
 def _capsule(x: Any, stream: int | None) -> object:
     """The unconsumed capsule; dropping it runs the producer's deleter."""
+    if stream is not None and cuda_device(x) is None:  # a CPU tensor among CUDA ones: describe() has the words for it
+        stream = None
     arguments: dict[str, Any] = {} if stream is None else {"stream": stream}
     try:
         return x.__dlpack__(**arguments, max_version=_MAX_VERSION)
@@ -138,14 +140,19 @@ _INTERFACE_CODES = {"i": 0, "u": 1, "f": 2}
 def _read_interface(tensor: native.Tensor, interface: dict[str, Any], device_type: int, argument: str) -> None:
     shape, type_text = interface["shape"], interface["typestr"]
     if len(shape) > 3:
-        raise OperandError(argument, f"rank {len(shape)}; at most 3 dimensions are supported")
+        raise ShapeError(argument, f"rank {len(shape)}; at most 3 dimensions are supported")
     kind, size = type_text[1], int(type_text[2:])
     if kind not in _INTERFACE_CODES or (size > 1 and type_text[0] == ">"):
         raise DTypeError(argument, f"dtype {type_text!r} of the array interface; pass FP8 as uint8 and bf16 as uint16")
+    for i, extent in enumerate(shape):
+        if not 0 <= extent < 2**31:
+            raise ShapeError(argument, f"dimension {i} is {extent}; the limit is {2**31 - 1}")
     data, read_only = interface["data"]
+    if not data and 0 not in shape:
+        raise LayoutError(argument, f"a null pointer with shape {tuple(shape)}")
     strides = interface.get("strides") or [step * size for step in _row_major(tuple(shape))]
     if any(s % size for s in strides):
-        raise OperandError(argument, f"strides {tuple(strides)} bytes; must be multiples of the {size}-byte element")
+        raise LayoutError(argument, f"strides {tuple(strides)} bytes; must be multiples of the {size}-byte element")
     tensor.data, tensor.read_only, tensor.device_type = data or None, bool(read_only), device_type
     tensor.dtype_code, tensor.dtype_bits, tensor.dtype_lanes = _INTERFACE_CODES[kind], size * 8, 1
     tensor.ndim = len(shape)
@@ -264,7 +271,7 @@ class Tensor:
 
         if self.device[0] != native.CPU:
             raise OperandError("self", f"on cuda:{self.device[1]}; only CPU tensors have a NumPy view")
-        kind = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_float}[self.dtype.bits]
+        kind: Any = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_float}[self.dtype.bits]
         extent = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
         memory = (kind * max(extent, 0)).from_address(self.view.data)
         memory.keep_alive = self

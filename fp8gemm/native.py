@@ -55,7 +55,7 @@ class Problem(Structure):
             "groups",
             "inputs_by_tma",
             "output_by_tma",
-            "scales_by_tma",
+            "scales_by_bulk",
         )
     ]
 

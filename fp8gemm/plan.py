@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
-        stage = (self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 32) * 4 + 2 * 8
+        stage = (self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 4) * 4 + 2 * 8
         total = self.stages * stage + self.tile_m * self.tile_n * 2
         return (total + 1023) // 1024 * 1024
 

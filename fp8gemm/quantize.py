@@ -47,7 +47,7 @@ def _cast(per_block: bool, x: Any, out: tuple[Any, Any] | None, stream: Any) -> 
         raise DTypeError("x", f"dtype code {view.dtype_code}, {view.dtype_bits} bits; must be bf16, fp16 or fp32")
     if view.ndim != 2:
         raise ShapeError("x", f"rank {view.ndim}; must be 2")
-    if view.shape[1] > 1 and view.stride[1] != 1:
+    if view.shape[0] and view.shape[1] > 1 and view.stride[1] != 1:
         raise LayoutError("x", f"stride {view.stride[1]} of the last dimension, which must be contiguous (stride 1)")
     rows, columns = view.shape[0], view.shape[1]
     shape = (ceil_div(rows, 128) if per_block else rows, ceil_div(columns, 128))
@@ -78,7 +78,7 @@ def _check_output(
         raise ShapeError(name, f"shape {tuple(t.shape[: t.ndim])}, expected {shape}")
     if t.read_only:
         raise LayoutError(name, "read-only; it is written")
-    if name == "q" and shape[1] > 1 and t.stride[1] != 1:
+    if name == "q" and shape[0] and shape[1] > 1 and t.stride[1] != 1:
         raise LayoutError(name, f"stride {t.stride[1]} of the last dimension, which must be contiguous (stride 1)")
     if (t.device_type, t.device_id) != (x.device_type, x.device_id):
         raise DeviceError(name, "on another device than x")

@@ -57,7 +57,7 @@ typedef struct {                                /* what a plan is chosen for: no
     int32_t m, n, k, groups;                    /* m: rows of A (masked: of one group); groups: of B, 1 if dense */
     int32_t inputs_by_tma;                      /* strides and alignment of a and b suit TMA */
     int32_t output_by_tma;                      /* ... of d */
-    int32_t scales_by_tma;                      /* ... of sa: rows fastest in memory */
+    int32_t scales_by_bulk;                     /* ... of sa suit bulk copies: rows fastest in memory */
 } fp8gemm_problem;
 
 /* ---- plans ---------------------------------------------------------------------------------------------------------- */

@@ -18,42 +18,23 @@ namespace {
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-enum ElementType { kUint8 = 0, kUint16 = 1, kFloat32 = 7 };      // CUtensorMapDataType
-
-// What TMA moves: boxes of (x, y) of each group of a tensor, x contiguous; rows of a box of 32, 64 or 128 bytes swizzled.
-struct View {
-    const void* data;
-    ElementType type;
-    int64_t x, y, groups, y_stride, group_stride;                // in elements
-    int box_x, box_y;
-    bool swizzled;
-};
-
-int encode_map(const Driver& cu, const View& v, const char* name, TensorMap* map) {
-    enum { kPromote256 = 3 };
-    const uint64_t size = v.type == kUint8 ? 1 : v.type == kUint16 ? 2 : 4, box_bytes = v.box_x * size;
-    const int swizzle = !v.swizzled ? 0 : box_bytes == 128 ? 3 : box_bytes == 64 ? 2 : 1;
-    const uint64_t dims[] = {static_cast<uint64_t>(v.x), static_cast<uint64_t>(v.y), static_cast<uint64_t>(v.groups)};
-    const uint64_t strides[] = {v.y_stride * size, (v.groups > 1 ? v.group_stride : v.y_stride) * size};
-    const uint32_t box[] = {static_cast<uint32_t>(v.box_x), static_cast<uint32_t>(v.box_y), 1}, steps[] = {1, 1, 1};
-    const CUresult result = cu.cuTensorMapEncodeTiled(map, v.type, 3, const_cast<void*>(v.data), dims, strides, box, steps, 0,
-                                                      swizzle, kPromote256, 0);
+// A (columns, rows, groups) view of a matrix or a stack of them, in swizzled boxes of columns x rows.
+int encode_map(const Driver& cu, const fp8gemm_tensor& t, int box_columns, int box_rows, const char* name, TensorMap* map) {
+    enum { kUint8 = 0, kUint16 = 1, kSwizzle32 = 1, kSwizzle64 = 2, kSwizzle128 = 3, kPromote256 = 3 };
+    const int row = t.ndim - 2, size = t.dtype_bits / 8, bytes = box_columns * size;
+    const int swizzle = bytes == 128 ? kSwizzle128 : bytes == 64 ? kSwizzle64 : kSwizzle32;
+    const uint64_t row_bytes = t.stride[row] * size;
+    const uint64_t dims[] = {static_cast<uint64_t>(t.shape[row + 1]), static_cast<uint64_t>(t.shape[row]),
+                             row ? static_cast<uint64_t>(t.shape[0]) : 1};
+    const uint64_t strides[] = {row_bytes, row ? static_cast<uint64_t>(t.stride[0]) * size : row_bytes};
+    const uint32_t box[] = {static_cast<uint32_t>(box_columns), static_cast<uint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
+    const CUresult result = cu.cuTensorMapEncodeTiled(map, size == 1 ? kUint8 : kUint16, 3, t.data, dims, strides, box, steps,
+                                                      0, swizzle, kPromote256, 0);
     if (!result) return FP8GEMM_OK;
     return fail(FP8GEMM_DRIVER, name, "cuTensorMapEncodeTiled refused (%llu, %llu, %llu) with strides of %llu and %llu bytes "
                 "(CUDA error %d)", static_cast<unsigned long long>(dims[0]), static_cast<unsigned long long>(dims[1]),
                 static_cast<unsigned long long>(dims[2]), static_cast<unsigned long long>(strides[0]),
                 static_cast<unsigned long long>(strides[1]), result);
-}
-
-View rows_of(const fp8gemm_tensor& t, ElementType type, int box_x, int box_y) {
-    const int row = t.ndim - 2;
-    return {t.data, type, t.shape[row + 1], t.shape[row], row ? t.shape[0] : 1, t.stride[row], row ? t.stride[0] : 0, box_x, box_y, true};
-}
-
-// Scales with rows fastest: x runs over rows, y over blocks of K.
-View columns_of(const fp8gemm_tensor& t, int box_rows) {
-    const int row = t.ndim - 2;
-    return {t.data, kFloat32, t.shape[row], t.shape[row + 1], row ? t.shape[0] : 1, t.stride[row + 1], row ? t.stride[0] : 0, box_rows, 1, false};
 }
 
 int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
@@ -72,7 +53,7 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
     out.sb_row = row(o.sb), out.sb_k = o.sb.stride[o.sb.ndim - 1], out.sb_group = group(o.sb);
     out.layout = p.kind == FP8GEMM_DENSE ? nullptr : static_cast<const int*>(o.layout.data);
     out.m = p.m, out.n = p.n, out.k = p.k, out.groups = p.groups;
-    out.d_by_tma = p.output_by_tma, out.sa_by_tma = p.scales_by_tma;
+    out.d_by_tma = p.output_by_tma, out.sa_by_bulk = p.scales_by_bulk;
     return out;
 }
 
@@ -134,12 +115,10 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     const int tile_k = 128;                      // a CTA loads its own part of an operand that its cluster shares
     // Rows that TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.
     params.a_box_rows = std::min(plan->tile_m / plan->cluster_n, round_up(p->m, 8));
-    params.scales_box_rows = p->scales_by_tma ? std::min(plan->tile_m, round_up(p->m, 4)) : 0;
-    FP8GEMM_TRY(encode_map(*cu, rows_of(o->a, kUint8, tile_k, params.a_box_rows), "a", &params.a));
-    FP8GEMM_TRY(encode_map(*cu, rows_of(o->b, kUint8, tile_k, plan->tile_n / plan->cluster_m), "b", &params.b));
-    if (p->scales_by_tma) FP8GEMM_TRY(encode_map(*cu, columns_of(o->sa, params.scales_box_rows), "sa", &params.scales));
+    FP8GEMM_TRY(encode_map(*cu, o->a, tile_k, params.a_box_rows, "a", &params.a));
+    FP8GEMM_TRY(encode_map(*cu, o->b, tile_k, plan->tile_n / plan->cluster_m, "b", &params.b));
     if (p->output_by_tma)
-        FP8GEMM_TRY(encode_map(*cu, rows_of(o->d, kUint16, greatest_common_divisor(plan->tile_n, 64), 64), "d", &params.d));
+        FP8GEMM_TRY(encode_map(*cu, o->d, greatest_common_divisor(plan->tile_n, 64), 64, "d", &params.d));
     const int cluster = plan->cluster_m * plan->cluster_n;
     return launch(*cu, kernel->function, plan->num_sms / cluster * cluster, 1, 1, plan->threads, plan->shared_bytes, cluster,
                   stream, &params);

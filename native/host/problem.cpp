@@ -71,6 +71,10 @@ int check_strides(const Tensor& t, const char* name, bool inner_contiguous, int 
     for (int i = 0; i < t.ndim; ++i)
         if (t.stride[i] < 0 || t.stride[i] > INT64_C(1) << 40)
             return fail(FP8GEMM_LAYOUT, name, "stride %" PRId64 " of dimension %d, allowed are 0 to 2^40", t.stride[i], i);
+    __int128 extent = 0;                         // so that no sum below overflows
+    for (int i = 0; i < t.ndim; ++i) extent += static_cast<__int128>(t.shape[i] - 1) * t.stride[i];
+    if (extent >= INT64_C(1) << 48)
+        return fail(FP8GEMM_LAYOUT, name, "its strides reach over 2^48 elements or more");
     if (inner_contiguous && t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1)
         return fail(FP8GEMM_LAYOUT, name, "stride %" PRId64 " of the last dimension, which must be contiguous (stride 1)",
                     t.stride[t.ndim - 1]);
@@ -122,12 +126,12 @@ bool suits_tma(const Tensor& t) {
     return true;
 }
 
-// Scales of A with rows fastest and the other strides in multiples of 16 bytes.
-bool suits_tma_by_columns(const Tensor& sa) {
+// Scales of A with rows fastest, any four of them in 16 aligned bytes.
+bool suits_bulk_copies(const Tensor& sa) {
     const int row = sa.ndim - 2;
-    if (reinterpret_cast<uintptr_t>(sa.data) % 16 || sa.stride[row] != 1) return false;
+    if (reinterpret_cast<uintptr_t>(sa.data) % 16 || sa.stride[row] != 1 || sa.shape[row] % 4) return false;
     for (int i = 0; i < sa.ndim; ++i)
-        if (i != row && (sa.stride[i] % 4 || sa.stride[i] == 0)) return false;
+        if (i != row && sa.stride[i] % 4) return false;
     return true;
 }
 
@@ -223,8 +227,7 @@ int fp8gemm_describe(fp8gemm_operands* o, fp8gemm_problem* p) {
                             all[i].name);
     }
     p->inputs_by_tma = suits_tma(o->a) && suits_tma(o->b);
-    // A ragged group starts at any row, but a box of TMA only at a multiple of 16 bytes.
-    p->scales_by_tma = o->kind != FP8GEMM_RAGGED && suits_tma_by_columns(o->sa);
+    p->scales_by_bulk = o->kind != FP8GEMM_RAGGED && suits_bulk_copies(o->sa);       // ragged groups start at any row
     // TMA clips at 16 bytes: it would write past a row whose end is not a multiple of them.
     p->output_by_tma = p->n % 8 == 0 && (!given || suits_tma(o->d));
     return FP8GEMM_OK;

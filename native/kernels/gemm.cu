@@ -4,7 +4,7 @@
 //
 // A persistent, warp-specialised kernel. Each CTA walks over output tiles (scheduler.cuh). Its warps have two roles:
 //
-//   producer   one warpgroup: warp 0 streams A, B and A's scales by TMA into a ring of stages, the others what TMA can't
+//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, and scales where it can; the others the rest
 //   consumers  one or two warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
 // A stage holds 128 of K of a tile: A, B and their scales. Two barriers guard it: `full` (everything has landed) and
@@ -46,18 +46,21 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
     constexpr u64 kEvictNormal = 0x1000000000000000;
     const int rank = kCluster > 1 ? cluster_rank() : 0;
     const int part_a = kShareA ? rank * kRowsA : 0, part_b = kShareB ? rank * kRowsB : 0;
-    const int bytes = (p.a_box_rows * kClusterN + kTileN) * kTileK + p.scales_box_rows * static_cast<int>(sizeof(float));
+    const int operand_bytes = (p.a_box_rows * kClusterN + kTileN) * kTileK;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
-        for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+        const int group_a = kKind == kMasked ? tile.group : 0;
+        const u32 scale_bytes = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
+        const float* sa = p.sa + group_a * p.sa_group + tile.row;
+        for (int kb = 0; kb < k_blocks; ++kb, ring.advance(), sa += p.sa_k) {
             barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
             if (elect_one()) {
                 u64* full = &s.full[ring.stage];
                 u8 *a = s.a[ring.stage] + part_a * kTileK, *b = s.b[ring.stage] + part_b * kTileK;
-                const int k = kb * kTileK, group_a = kKind == kMasked ? tile.group : 0;
-                barrier_arrive_expect(full, bytes);
-                if (p.sa_by_tma) tma_load(s.scales[ring.stage], p.scales, tile.row, kb, group_a, full, kEvictNormal);
+                const int k = kb * kTileK;
+                barrier_arrive_expect(full, operand_bytes + scale_bytes);
+                if (scale_bytes) bulk_load(s.scales[ring.stage], sa, scale_bytes, full);
                 if constexpr (kShareA)
                     tma_load_multicast(a, p.a, k, tile.row + part_a, group_a, full, kEvictNormal, 3);
                 else
@@ -73,9 +76,9 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
 }
 
 // ---- producer: scales ----------------------------------------------------------------------------------------------
-// TMA brings A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout, come by
-// four-byte copies, so that no layout needs a transposing pass.
-__device__ int scale_copies(const GemmParams& p) { return p.sa_by_tma ? kScales - kTileM : kScales; }
+// Bulk copies bring A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout,
+// come by four-byte copies, so that no layout needs a transposing pass.
+__device__ int scale_copies(const GemmParams& p) { return p.sa_by_bulk ? kScales - kTileM : kScales; }
 __device__ int scale_threads(const GemmParams& p) { return min(scale_copies(p), kScaleThreads); }
 
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int k_blocks) {
@@ -254,7 +257,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
 
     if (threadIdx.x == 0) {
         prefetch_map(p.a), prefetch_map(p.b);
-        if (p.sa_by_tma) prefetch_map(p.scales);
         if (p.d_by_tma) prefetch_map(p.d);
         for (int i = 0; i < kStages; ++i) {
             barrier_init(&s.full[i], 1 + scale_threads(p));

@@ -24,7 +24,7 @@ constexpr int kWaves = kTileM / (64 * kConsumers);               // 64-row wgmma
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr int kScales = kTileM + 2;                              // a stage's: of A, one a row; of B, at most two
-constexpr int kScaleSlots = kTileM + 32;                         // TMA writes at multiples of 128 bytes
+constexpr int kScaleSlots = kTileM + 4;                          // bulk copies write at multiples of 16 bytes
 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
