@@ -198,7 +198,11 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int stage = ring.stage;
             if (!landed) barrier_wait(&s.full[stage], ring.phase);
-            float scale[kWaves][kSegments][2];
+            const float *sa = scales_first + stage * kScaleSlots, *sb = s.scales[stage] + kTileM;
+            const float scale_b[] = {sb[0], sb[kSegments > 1]};
+            float scale_a[kWaves][2];
+#pragma unroll
+            for (int w = 0; w < kWaves; ++w) scale_a[w][0] = sa[w * 64], scale_a[w][1] = sa[w * 64 + 8];
 #pragma unroll
             for (int w = 0; w < kWaves; ++w) {
                 float partial[kTileN / 2];
@@ -207,22 +211,18 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
 #pragma unroll
                 for (int k = 0; k < kTileK / 32; ++k) Wgmma<kTileN>::mma(partial, wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k), k > 0);
                 wgmma_commit();
-                if (w == 0) {                                    // in the shadow of the tensor core
-                    const float *sa = scales_first + stage * kScaleSlots, *sb = s.scales[stage] + kTileM;
-#pragma unroll
-                    for (int v = 0; v < kWaves; ++v)
-                        for (int i = 0; i < kSegments; ++i)
-                            for (int half = 0; half < 2; ++half)
-                                scale[v][i][half] = sa[v * 64 + half * 8] * sb[i * kSegment >= b_split];
-                }
                 if (w == kWaves - 1) ring.advance();
                 wgmma_wait<0>();
+                float scale[kSegments][2];
+#pragma unroll
+                for (int i = 0; i < kSegments; ++i)
+                    for (int half = 0; half < 2; ++half) scale[i][half] = scale_a[w][half] * (i * kSegment < b_split ? scale_b[0] : scale_b[1]);
                 if (w == kWaves - 1) {                           // before the promotion: neither side need wait for it
                     release(&s.empty[stage]);
                     landed = barrier_test(&s.full[ring.stage], ring.phase);
                 }
 #pragma unroll
-                for (int i = 0; i < kTileN / 2; ++i) sum[w][i] += scale[w][i * 2 / kSegment][i / 2 % 2] * partial[i];
+                for (int i = 0; i < kTileN / 2; ++i) sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[i];
             }
         }
 
