@@ -130,7 +130,7 @@ def build(kernel: Kernel) -> Built:
     usage = [int(x) for x in re.findall(r"Used (\d+) registers", log)]
     spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
     built = Built(cubin, log, seconds, max(usage, default=0), spills)
-    for code, meaning in (("C7510", "wgmma is serialised"), ("C7508", "setmaxnreg is ignored")):
+    for code, meaning in (("C7510", "wgmma is serialised"), ("C7508", "setmaxnreg is ignored"), ("C7506", "setmaxnreg is ignored")):
         if code in log:
             raise CompileError(f"{kernel}: {meaning}", log)
     if spills:

@@ -77,8 +77,8 @@ class Plan(NamedTuple):
             yield f"{self.stages} stages, allowed are 2 to {MAX_STAGES}"
         if self.shared_bytes > device.shared_bytes:
             yield f"{self.shared_bytes} bytes of shared memory, {device.name} has {device.shared_bytes} for a CTA"
-        if kind == native.CONTIGUOUS and (self.tile_m > 128 or self.cluster_m > 1):
-            yield "tile_m 256 or cluster_m 2 for contiguous groups: their segments are aligned to 128 rows only"
+        if kind == native.CONTIGUOUS and self.tile_m > 128:
+            yield f"tile_m {self.tile_m} for contiguous groups: their segments are aligned to 128 rows only"
         if not self.cluster <= self.num_sms <= device.sms:
             yield f"num_sms {self.num_sms}, allowed are {self.cluster} (the cluster) to {device.sms}"
         if self.raster < 1:

@@ -25,7 +25,7 @@ def cuda_plan(found: native.Problem, expected_m: int = 0) -> Plan | None:
         return None
     device = require_hopper(found.device_id)
     m = found.m if found.kind == native.MASKED and not expected_m else bucket(found.m)
-    problem = Problem(found.kind, m, found.n, found.k, found.groups, bucket(expected_m))
+    problem = Problem(found.kind, m, found.n, found.k, found.groups, min(bucket(expected_m), m))
     return cost.default_plan(problem, device, get_num_sms(found.device_id))
 
 

@@ -36,6 +36,6 @@ static_assert(kTileM == 64 || kTileM == 128 || kTileM == 256, "64 rows a wgmma, 
 static_assert(kTileN % 16 == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kCluster <= 2, "wider clusters do not reach every SM");
-static_assert(kKind != kContiguous || (kTileM <= 128 && kClusterM == 1), "segments are aligned to 128 rows only");
+static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
 
 }  // namespace fp8gemm

@@ -13,6 +13,7 @@ struct Tile {
     int group;                                   // of B (and of A and D in the masked kind)
     int row, column;                             // of A and D, of B: where this CTA's tile starts
     int rows;                                    // of the tile that belong to the group; may be <= 0 or > kTileM
+    int alone;                                   // the cluster's other tile is of another group: no B to share
 };
 
 class Scheduler {
@@ -24,28 +25,17 @@ public:
     }
 
     __device__ bool next(Tile& tile) {
-        const int rank = kCluster > 1 ? cluster_rank() : 0;
-        int in_group = index, start = 0, rows = p.m;
-        tile.group = 0;
-        if constexpr (kKind == kRagged || kKind == kMasked) {
-            if (!find_group(tile.group, in_group, start, rows)) return false;
-        } else if (index >= ceil_div(p.m, kRows) * columns) {
-            return false;
-        }
-        index += gridDim.x / kCluster;
-
-        const int bands_rows = ceil_div(rows, kRows), band = in_group / (p.raster * columns);
-        const int height = min(p.raster, bands_rows - band * p.raster);
-        const int in_band = in_group - band * p.raster * columns;
-        const int m = (band * p.raster + in_band % height) * kClusterM + (kClusterM > 1 ? rank : 0);
-        const int n = (in_band / height) * kClusterN + (kClusterN > 1 ? rank : 0);
-        tile.row = start + m * kTileM;
-        tile.rows = rows - m * kTileM;
-        tile.column = n * kTileN;
-        if constexpr (kKind == kContiguous) {     // kClusterM is 1: both CTAs of a cluster see the same rows
-            tile.group = p.layout[tile.row];
-            if (tile.group < 0 || tile.group >= p.groups) return next(tile);
-        }
+        do {
+            int in_group = index, start = 0, rows = p.m;
+            tile.group = tile.alone = 0;
+            if constexpr (kKind == kRagged || kKind == kMasked) {
+                if (!find_group(tile.group, in_group, start, rows)) return false;
+            } else if (index >= ceil_div(p.m, kRows) * columns) {
+                return false;
+            }
+            index += gridDim.x / kCluster;
+            place(tile, in_group, start, rows);
+        } while (kKind == kContiguous && !find_segment(tile));
         return true;
     }
 
@@ -59,6 +49,40 @@ private:
     int window = 0, tiles_before = 0, lane_start = 0, lane_rows = 0, lane_tiles = 0, lane_sum = 0;
 
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+    // The tile's corner: the `in_group`-th of a group of `rows` rows that begin at `start`.
+    __device__ void place(Tile& tile, int in_group, int start, int rows) const {
+        const int rank = kCluster > 1 ? cluster_rank() : 0;
+        const int band = in_group / (p.raster * columns), in_band = in_group - band * p.raster * columns;
+        const int height = min(p.raster, ceil_div(rows, kRows) - band * p.raster);
+        const int m = (band * p.raster + in_band % height) * kClusterM + (kClusterM > 1 ? rank : 0);
+        const int n = (in_band / height) * kClusterN + (kClusterN > 1 ? rank : 0);
+        tile.row = start + m * kTileM;
+        tile.rows = rows - m * kTileM;
+        tile.column = n * kTileN;
+    }
+
+    // Contiguous: the group of the tile's 128-row segment, whose padding is marked -1. False if the cluster has no work.
+    __device__ bool find_segment(Tile& tile) {
+        auto group_of = [&](int row) {
+            const int g = row < p.m ? p.layout[row] : -1;
+            return g < p.groups ? g : -1;
+        };
+        tile.group = group_of(tile.row);
+        if constexpr (kClusterM > 1) {
+            const int other = group_of(cluster_rank() ? tile.row - kTileM : tile.row + kTileM);
+            tile.alone = tile.group >= 0 && other >= 0 && tile.group != other;
+            if (tile.group < 0 && other >= 0) {  // the other CTA's tile: ours only keeps it company
+                tile.group = other, tile.rows = 0;
+                return true;
+            }
+        }
+        int rows = 0;
+        for (int i = threadIdx.x % 32; i < kTileM; i += 32)
+            rows += __popc(__ballot_sync(0xffffffff, i < tile.rows && p.layout[tile.row + i] == tile.group));
+        tile.rows = rows;
+        return tile.group >= 0;
+    }
 
     __device__ void load_window(int first) {
         const int lane = threadIdx.x % 32, g = first + lane;
