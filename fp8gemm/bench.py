@@ -10,7 +10,7 @@ from .accuracy import Check
 from .errors import CompileError
 from .gemm import Matrix, gemm_fp8_fp8_bf16_nt
 from .problem import Problem
-from .workbench import NumpyBench, Workbench, gpu_bench
+from .workbench import NumpyBench, Workbench, busy_share, gpu_bench
 
 WEIGHTS = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048), (576, 7168))  # N, K
 LARGE = {(32768, 512), (7168, 16384)}  # left out where a CPU has to be quick
@@ -69,6 +69,7 @@ class Result(NamedTuple):
     bench: Workbench
     job: Job
     cases: list[Case]
+    busy: float  # share of this machine's cores that others kept busy before the benchmark began
     builds: list[Build]
     compiler: compiler.Compiler | None
     compiler_error: str | None
@@ -95,7 +96,7 @@ def run(
     say: Say,
 ) -> Result:
     """The benchmark of "cpu", "cuda:1" or (None) the best device; see `plan_job` for what None means elsewhere."""
-    bench = open_bench(where)
+    bench, busy = open_bench(where), busy_share()
     job = plan_job(bench.device == "cpu", quick, weights, ms, rounds)
     cases = list(measure(bench, job, say))
     builds: list[Build] = []
@@ -106,7 +107,7 @@ def run(
             builds = list(build_kernels(say))
         except CompileError as failure:
             error = str(failure).splitlines()[0]
-    return Result(bench, job, cases, builds, made_by, error)
+    return Result(bench, job, cases, busy, builds, made_by, error)
 
 
 def plan_job(

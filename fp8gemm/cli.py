@@ -29,7 +29,7 @@ class Commands(TyperGroup):
             raise typer.Exit(2 if isinstance(error, (BackendUnavailable, OperandError)) else 1) from None
 
 
-app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, and nothing else, to standard output.")]
 

@@ -5,12 +5,14 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
     tensor      the wgmmas of its consumers, at the tensor core's rate
     shared      shared memory: what TMA writes and what every wgmma reads (A once for each, B once for each 64 rows)
     chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Two consumers overlap, one cannot
-    L2          the bytes that the CTA streams in; a cluster loads what it shares once
+    L2          the bytes that the CTA streams in; a cluster loads what it shares once, and what L2 has to fetch from
+                HBM passes through it a second time
 
 and every tile adds its epilogue. Waves come out by themselves: a CTA's number of tiles is rounded up. Against all that
 stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM
-rate are the device's. The constants below were fitted on an H200 to 2,800 measured (problem, plan) pairs, M = 64 .. 8192,
-on which the default is 0.7% slower than the best plan in the geometric mean (native/README.md).
+rate are the device's. The constants below were fitted on an H200 to 3,900 measured (problem, plan) pairs: seven weights,
+M = 1 .. 8192, and nine grouped problems. There the default is 0.9% slower than the best plan in the geometric mean and 7%
+at worst (native/README.md).
 """
 
 import functools
@@ -23,18 +25,19 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.16  # reads and writes get in each other's way
-L2_BYTES_PER_CYCLE = 45.6  # one SM's share
-WGMMA_LATENCY = 92
-PROMOTION = 1.8  # cycles of an FMA instruction, which competes with the tensor core for registers
-BARRIERS = 48
-EPILOGUE = 500
-STORE_BYTES_PER_CYCLE = {64: 39.8, 32: 26.6, 16: 16.7}  # by the columns that a TMA store takes at a time
-LAUNCH = 3850  # until the first stage has landed
-LAUNCH_CLUSTER = 1600
+SHARED_CONFLICT = 1.26  # reads and writes get in each other's way
+L2_BYTES_PER_CYCLE = 46.7  # one SM's share
+L2_MISS = 0.64  # of a missed byte's own cost
+WGMMA_LATENCY = 94
+PROMOTION = 1.93  # cycles of an FMA instruction, which competes with the tensor core for registers
+BARRIERS = 52
+EPILOGUE = 735
+STORE_BYTES_PER_CYCLE = {64: 134.0, 32: 56.5, 16: 24.3}  # by the columns that a TMA store takes at a time
+LAUNCH = 2010  # until the first stage has landed
+LAUNCH_CLUSTER = 1830
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.69
-MEMORY_IMBALANCE = 1.1  # most that an uneven last wave costs the memory
+MEMORY_EFFICIENCY = 0.63
+MEMORY_IMBALANCE = 1.02  # most that an uneven last wave costs the memory
 DEFAULT_BANDWIDTH = 3.35e12
 
 
@@ -47,18 +50,19 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     tiles = groups * tiles_m * tiles_n
     per_cta = -(-tiles // clusters)
     k_blocks = -(-problem.k // TILE_K)
-    compute = per_cta * (k_blocks * block_cycles(plan) + epilogue_cycles(plan))
+    unique = groups * (rows * problem.k + problem.n * problem.k)
+    missed = unique / max(tiles * plan.cluster * k_blocks, 1)
+    compute = per_cta * (k_blocks * block_cycles(plan, rows, missed) + epilogue_cycles(plan))
 
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
     imbalance = min(per_cta * clusters / tiles, MEMORY_IMBALANCE) if tiles > clusters else 1.0
-    unique = groups * (rows * problem.k + problem.n * problem.k)
     memory = (unique * imbalance + groups * rows * problem.n * 2) / bandwidth
     launch = LAUNCH + (LAUNCH_CLUSTER if plan.cluster > 1 else 0)
     return launch + max(compute, memory) + 0.02 * min(compute, memory)  # where one hides the other, less of it is better
 
 
-def block_cycles(plan: Plan) -> float:
-    """Cycles that a CTA needs for 128 of K of its tile."""
+def block_cycles(plan: Plan, rows: int, missed: float) -> float:
+    """Cycles that a CTA needs for 128 of K of its tile; `missed`: bytes of it that come from HBM, on average."""
     consumers = 1 if plan.tile_m == 64 else 2
     waves = plan.tile_m // (64 * consumers)
     wgmmas = TILE_K // 32  # m64nNk32
@@ -66,7 +70,8 @@ def block_cycles(plan: Plan) -> float:
     reads = (64 + plan.tile_n) * 32 / SHARED_BYTES_PER_CYCLE
     writes = (plan.tile_m + plan.tile_n) * TILE_K / SHARED_BYTES_PER_CYCLE
     chain = waves * (wgmmas * max(tensor, reads) + WGMMA_LATENCY + PROMOTION * plan.tile_n / 2) + BARRIERS
-    streamed = (plan.tile_m / plan.cluster_n + plan.tile_n / plan.cluster_m) * TILE_K
+    loaded_rows = min(plan.tile_m, -(-rows // 8) * 8) / plan.cluster_n  # a short A is not padded
+    streamed = (loaded_rows + plan.tile_n / plan.cluster_m) * TILE_K + L2_MISS * missed
     return max(
         consumers * waves * wgmmas * max(tensor, reads),
         SHARED_CONFLICT * (consumers * waves * wgmmas * reads + writes),
@@ -85,11 +90,9 @@ def _groups(problem: Problem) -> tuple[int, int]:
     """(groups, rows of each) that the model assumes; the true sizes are on the device."""
     if problem.kind == native.DENSE:
         return 1, max(problem.m, 1)
-    if problem.kind == native.MASKED:
-        return problem.groups, max(problem.expected_m or problem.m, 1)
     if problem.expected_m:
-        return problem.groups, problem.expected_m
-    return problem.groups, max(-(-problem.m // problem.groups), 1)
+        return problem.groups, min(problem.expected_m, max(problem.m, 1))
+    return problem.groups, max(problem.m if problem.kind == native.MASKED else -(-problem.m // problem.groups), 1)
 
 
 def raster(problem: Problem, plan: Plan) -> int:

@@ -160,6 +160,13 @@ def _read_interface(tensor: native.Tensor, interface: dict[str, Any], device_typ
     tensor.stride[: len(shape)] = [s // size for s in strides]
 
 
+def require_aligned(tensor: native.Tensor, argument: str) -> None:
+    """Raises LayoutError if the address is no multiple of the element size, which a GPU faults on."""
+    size = tensor.dtype_bits // 8
+    if (tensor.data or 0) % size:
+        raise LayoutError(argument, f"address {tensor.data:#x}, must be a multiple of {size} bytes")
+
+
 class Held:
     """Capsules that a stream may still use: dropped once an event after their use has passed."""
 

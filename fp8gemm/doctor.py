@@ -20,7 +20,7 @@ from .errors import BackendUnavailable, DriverError, Fp8GemmError
 from .workbench import cpu_name
 
 TRIAL = (72, 272, 400)  # M, N, K: no multiple of a tile or a scale block
-PATIENCE = 120.0  # seconds that one step may take: a driver or a lock may hang
+PATIENCE = 60.0  # seconds that one step may take: a driver or a lock may hang
 PACKAGES = ("numpy", "cuda-python", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "torch", "cupy", "deep_gemm")
 
 T = TypeVar("T")
@@ -107,7 +107,8 @@ class Report:
 
 def examine() -> Report:
     """Looks at everything. Never raises for what the machine lacks, nor waits for ever."""
-    driver, gpus = _driver(), _gpus()
+    driver = _driver()
+    gpus = [] if driver.error else _gpus()
     made_by, cubins, cpu = _compiler(driver), _cache(), _cpu()
     trials: list[Trial] = []
     for where in [*(f"cuda:{gpu.id}" for gpu in gpus if gpu.hopper), "cpu"]:
@@ -118,7 +119,7 @@ def examine() -> Report:
     return Report(
         _verdict(backend, gpus),
         backend,
-        [*_missing(backend, driver, gpus, trials), *_defects(made_by, cubins, driver)],
+        list(dict.fromkeys([*_missing(backend, driver, gpus, trials), *_defects(made_by, cubins, driver)])),
         trials,
         gpus,
         driver,
@@ -292,8 +293,8 @@ def _multiply(where: str) -> tuple[Any, float]:
         result = gemm.gemm_fp8_fp8_bf16_nt((a, sa), (b, sb))
         native.library().copy_to_host(device_id, LEGACY_STREAM, result.view.data, d.nbytes, d.ctypes.data)
     seconds = time.perf_counter() - started
-    on_host = [(q.numpy(), s.numpy()) for q, s in (lhs, rhs)]
-    return accuracy.summarise(accuracy.reference_errors(np, *on_host, d)), seconds
+    a_host, b_host = ((q.numpy(), s.numpy()) for q, s in (lhs, rhs))
+    return accuracy.summarise(accuracy.reference_errors(np, a_host, b_host, d)), seconds
 
 
 def _upload(t: Tensor, device_id: int) -> Tensor:

@@ -95,7 +95,8 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
         rhs: (b, sb): b (G, N, K) float8_e4m3fn, sb (G, ceil(N / 128), ceil(K / 128)) float32.
         d: (G, Mmax, N) bfloat16, or None. Rows past masked_m are left as they were.
         masked_m: (G,) int32 on the device, read there.
-        expected_m: the host's guess of a group's rows, for the choice of a plan only; 0: Mmax.
+        expected_m: the host's guess of a group's rows, as DeepGEMM's callers give it (1.2 times the mean), for the
+            choice of a plan only; 0: Mmax.
         validate: as in the contiguous form.
     """
     del batch_invariant

@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import backends
-from .dlpack import F32, Tensor, call_stream, cuda_device, hold, read
+from .dlpack import F32, Tensor, call_stream, cuda_device, hold, read, require_aligned
 from .errors import DTypeError, OperandError, ShapeError
 
 M_ALIGNMENT = 128
@@ -41,6 +41,7 @@ def get_col_major_tma_aligned_tensor(x: Any, *, stream: Any = None) -> Tensor:
         raise DTypeError("x", f"dtype code {view.dtype_code}, {view.dtype_bits} bits; must be float32")
     if view.ndim not in (2, 3):
         raise ShapeError("x", f"rank {view.ndim}; must be 2 or 3")
+    require_aligned(view, "x")
     shape = tuple(view.shape[: view.ndim])
     leading = get_tma_aligned_size(shape[-2], 4)
     strides = (leading * shape[-1], 1, leading)[-view.ndim :]

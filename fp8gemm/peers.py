@@ -11,11 +11,11 @@ Call = Callable[[], object]
 Peers = dict[str, Call]
 
 DESCRIPTIONS = {
-    "numpy": "NumPy: both operands dequantised by a look-up table, float32 @, rounded to bf16",
-    "numpy_f32": "NumPy float32 @ alone, of operands dequantised beforehand (4x the memory)",
-    "cublaslt_block": "cuBLASLt with the same block scales, M a multiple of 4 (torch.nn.functional.scaled_mm)",
-    "cublaslt_tensor": "cuBLASLt FP8 with one scale per tensor, for time only (torch._scaled_mm)",
-    "deep_gemm": "DeepGEMM",
+    "numpy": "both operands dequantised by a look-up table, float32 @, rounded to bf16",
+    "numpy_f32": "float32 @ alone, of operands dequantised beforehand (4x the memory)",
+    "cublaslt_block": "the same block scales, M a multiple of 4 (torch.nn.functional.scaled_mm)",
+    "cublaslt_tensor": "FP8 with one scale per tensor, so for time only (torch._scaled_mm)",
+    "deep_gemm": "the same scales (deep_gemm.fp8_gemm_nt)",
 }
 
 

@@ -7,6 +7,7 @@ from .plan import Plan
 from .problem import Problem
 
 
+EXPECTED_M_MARGIN = 1.2  # what callers of DeepGEMM's masked form put on top of the mean rows of a group
 CPU_TILE_M = 256  # native/host/cpu_gemm.cpp
 
 
@@ -25,7 +26,8 @@ def cuda_plan(found: native.Problem, expected_m: int = 0) -> Plan | None:
         return None
     device = require_hopper(found.device_id)
     m = found.m if found.kind == native.MASKED and not expected_m else bucket(found.m)
-    problem = Problem(found.kind, m, found.n, found.k, found.groups, min(bucket(expected_m), m))
+    rows = round(expected_m / EXPECTED_M_MARGIN) if found.kind == native.MASKED else expected_m
+    problem = Problem(found.kind, m, found.n, found.k, found.groups, bucket(rows))
     return cost.default_plan(problem, device, get_num_sms(found.device_id))
 
 

@@ -9,8 +9,8 @@ A NaN makes its whole block NaN.
 from typing import Any
 
 from . import backends, native
-from .dlpack import E4M3, F32, Tensor, call_stream, cuda_device, hold, read
-from .errors import DeviceError, DTypeError, LayoutError, ShapeError
+from .dlpack import E4M3, F32, Tensor, call_stream, cuda_device, hold, read, require_aligned
+from .errors import DeviceError, DTypeError, LayoutError, OperandError, ShapeError
 from .layout import ceil_div
 
 _INPUT_TYPES = {(4, 16): 0, (1, 16): 0, (2, 16): 1, (2, 32): 2}  # DLPack code, bits: bf16 (or uint16), fp16, fp32
@@ -49,6 +49,7 @@ def _cast(per_block: bool, x: Any, out: tuple[Any, Any] | None, stream: Any) -> 
         raise ShapeError("x", f"rank {view.ndim}; must be 2")
     if view.shape[0] and view.shape[1] > 1 and view.stride[1] != 1:
         raise LayoutError("x", f"stride {view.stride[1]} of the last dimension, which must be contiguous (stride 1)")
+    require_aligned(view, "x")
     rows, columns = view.shape[0], view.shape[1]
     shape = (ceil_div(rows, 128) if per_block else rows, ceil_div(columns, 128))
     if out is None:
@@ -56,6 +57,8 @@ def _cast(per_block: bool, x: Any, out: tuple[Any, Any] | None, stream: Any) -> 
         out = Tensor((rows, columns), E4M3, device, handle), Tensor(shape, F32, device, handle)
         q, s = out[0].view, out[1].view
     else:
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            raise OperandError("out", f"{type(out).__name__}; must be a pair (values, scales)")
         tensors |= {name: read(t, name, handle) for name, t in zip(("q", "s"), out, strict=True)}
         q, s = tensors["q"].tensor, tensors["s"].tensor
         _check_output(q, "q", (rows, columns), {(10, 8), (1, 8)}, view)
@@ -80,6 +83,7 @@ def _check_output(
         raise LayoutError(name, "read-only; it is written")
     if name == "q" and shape[0] and shape[1] > 1 and t.stride[1] != 1:
         raise LayoutError(name, f"stride {t.stride[1]} of the last dimension, which must be contiguous (stride 1)")
+    require_aligned(t, name)
     if (t.device_type, t.device_id) != (x.device_type, x.device_id):
         raise DeviceError(name, "on another device than x")
 

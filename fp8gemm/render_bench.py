@@ -26,6 +26,7 @@ TIMING = {
     "best": "best of {} rounds in which all take turns, caches warm",
     "median": "median of {} rounds in which all take turns, L2 flushed, between two CUDA events (which count 1-3 us)",
 }
+BUSY = 0.2  # share of the cores from which a warning is due
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "device": bench.device,
         "hardware": bench.hardware,
         "versions": {"fp8gemm": __version__, **bench.versions},
+        "busy": result.busy,
         "rounds": job.rounds,
         "statistic": bench.statistic,
         "reduced": job.reduced,
@@ -92,23 +94,28 @@ def show(result: Result) -> None:
     """The tables, what they mean, and the sum of it."""
     out = console()
     out.print(_cases_table(result))
+    if result.busy > BUSY:
+        warning = f"Other programs kept {result.busy:.0%} of this machine's cores busy: times and ratios mislead."
+        out.print(Padding(Text(warning, "bold yellow"), (0, 0, 0, 2), expand=False))
     for note in _notes(result):
-        out.print(Padding(Text(note, "dim"), (0, 0, 0, 2)))
+        out.print(Padding(Text(note, "dim"), (0, 0, 0, 2), expand=False))
+    out.print()
     if result.builds:
-        out.print(Padding(_builds_table(result), (1, 0, 0, 0)))
+        out.print(_builds_table(result))
     elif result.compiler_error:
-        out.print(Padding(Text(f"No Hopper kernels were compiled: {result.compiler_error}", "yellow"), (1, 0, 0, 0)))
-    out.print(Padding(_conclusion(result), (1, 0, 0, 0)))
+        out.print(Text(f"No Hopper kernels were compiled: {result.compiler_error}\n", "yellow"))
+    out.print(_conclusion(result))
 
 
-def _title(text: str, name: str) -> dict[str, Any]:
-    return {"title": Text.assemble((text, "bold"), f"  {name}"), "title_justify": "left", "title_style": ""}
+def _table(heading: str, about: str) -> Table:
+    title = Text.assemble((heading, "bold"), f"  {about}")
+    return Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _cases_table(result: Result) -> Table:
     bench, peers = result.bench, list(result.geometric_means)
-    unit, scale = ("TFLOP/s", 1e12) if bench.device != "cpu" else ("GFLOP/s", 1e9)
-    table = Table(box=box.SIMPLE_HEAD, **_title(f"fp8gemm {__version__} on {bench.device}", bench.hardware))
+    unit, scale = ("GFLOP/s", 1e9) if bench.device == "cpu" else ("TFLOP/s", 1e12)
+    table = _table(f"fp8gemm {__version__} on {bench.device}", bench.hardware)
     for name in ("M", "N", "K"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("plan", style="dim")
@@ -139,15 +146,15 @@ def _ratio(x: float) -> Text:
 def _notes(result: Result) -> Iterator[str]:
     bench, worst = result.bench, max((case.check.worst_row for case in result.cases), default=0.0)
     yield f"time: {TIMING[bench.statistic].format(result.job.rounds)}"
-    rows = f"in up to {CPU_ROWS} random rows of D" if bench.device == "cpu" else "in all rows of D"
+    rows = f"in up to {CPU_ROWS} random rows" if bench.device == "cpu" else "in all rows"
     yield (
         f"error: of D against the float64 product of the dequantised operands, {rows}, over the error of merely "
         f"rounding that to bf16; at most {worst:.3f} in any one row"
     )
     if result.geometric_means:
-        yield "vs: the other's time over ours, above 1 fp8gemm is faster"
+        yield "vs: the other's time over ours; above 1 fp8gemm is faster"
     for name in result.geometric_means:
-        yield f"    {DESCRIPTIONS[name]}"
+        yield f"vs {TITLES[name]}: {DESCRIPTIONS[name]}"
     for name, reason in bench.left_out.items():
         yield f"without {TITLES[name]}: {reason}"
     for line in result.job.reduced:
@@ -156,13 +163,11 @@ def _notes(result: Result) -> Iterator[str]:
 
 def _builds_table(result: Result) -> Table:
     made_by = f"{result.compiler.kind} {result.compiler.version}" if result.compiler else ""
-    table = Table(
-        box=box.SIMPLE_HEAD, **_title("Hopper kernels built here", f"default plans for an H200, by {made_by}")
-    )
+    table = _table("Hopper kernels built here", f"default plans for an H200, by {made_by}")
     for name in ("for M", "N", "K"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("plan")
-    for name in ("registers", "spills", "shared", "cubin", "time"):
+    for name in ("regs", "spills", "shared", "cubin", "time"):
         table.add_column(name, justify="right")
     for build in result.builds:
         p, built = build.problem, build.built
@@ -177,15 +182,14 @@ def _builds_table(result: Result) -> Table:
 
 def _conclusion(result: Result) -> Text:
     wrong = sum(not case.right for case in result.cases)
-    verdict = f"{wrong} of {len(result.cases)} results are WRONG" if wrong else "every result is right"
-    text = Text(verdict.capitalize() if not result.geometric_means else "", COLOURS[1 if wrong else 0])
+    text = Text()
     if result.geometric_means:
-        text = Text.assemble(
-            "fp8gemm is ", *_means(result.geometric_means), f" (geometric means of {len(result.cases)}"
-        )
-        text.append(" products); ").append(verdict, COLOURS[1 if wrong else 0])
+        text = Text.assemble("fp8gemm is ", *_means(result.geometric_means), " (geometric means); ")
+    total = len(result.cases)
+    verdict = f"{wrong} of {total} results WRONG" if wrong else f"{total} of {total} results right"
+    text.append(verdict, COLOURS[1 if wrong else 0])
     if failed := sum(build.built is None for build in result.builds):
-        text.append(f"; {failed} kernels do not compile", COLOURS[1])
+        text.append(f"; {failed} of {len(result.builds)} kernels not compiled", COLOURS[1])
     return text
 
 

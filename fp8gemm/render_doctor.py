@@ -22,13 +22,14 @@ def show(report: Report) -> None:
     out = console()
     out.print(Text(report.verdict, COLOURS[report.exit_code]))
     for reason in report.reasons:
-        out.print(Padding(Text(reason), (0, 0, 0, 2)))
+        out.print(Padding(Text(reason), (0, 0, 0, 2), expand=False))
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     for name, line in _facts(report):
         facts.add_row(name, Text(line))
-    out.print(Padding(facts, (1, 0, 0, 0)))
+    out.print()
+    out.print(facts)
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:

@@ -93,6 +93,22 @@ def event_seconds(
     return {name: statistics.median(milliseconds(*s) for s in spans[name][WARM_UP:]) / 1e3 for name in calls}
 
 
+def busy_share(seconds: float = 0.3) -> float:
+    """Share of this machine's cores that is busy while this process waits; 0 if the system does not tell."""
+
+    def read() -> tuple[int, int]:
+        user, nice, system, idle, wait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+        return idle + wait, user + nice + system + idle + wait + sum(rest)
+
+    try:
+        idle, total = read()
+        time.sleep(seconds)
+        idle_after, total_after = read()
+    except (OSError, ValueError):
+        return 0.0
+    return 1 - (idle_after - idle) / max(total_after - total, 1)
+
+
 def cpu_name() -> str:
     """The processor, in its maker's words if the system tells them."""
     try:
