@@ -24,6 +24,11 @@ from .errors import CompileError, Fp8GemmError
 from .plan import Kernel
 
 _OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
+_FATAL_WARNINGS = {
+    "C7510": "wgmma is serialised",
+    "C7508": "setmaxnreg is ignored",
+    "C7506": "setmaxnreg is ignored",
+}
 _lock = threading.Lock()
 
 
@@ -130,7 +135,7 @@ def build(kernel: Kernel) -> Built:
     usage = [int(x) for x in re.findall(r"Used (\d+) registers", log)]
     spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
     built = Built(cubin, log, seconds, max(usage, default=0), spills)
-    for code, meaning in (("C7510", "wgmma is serialised"), ("C7508", "setmaxnreg is ignored"), ("C7506", "setmaxnreg is ignored")):
+    for code, meaning in _FATAL_WARNINGS.items():
         if code in log:
             raise CompileError(f"{kernel}: {meaning}", log)
     if spills:

@@ -9,10 +9,10 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
                 HBM passes through it a second time
 
 and every tile adds its epilogue. Waves come out by themselves: a CTA's number of tiles is rounded up. Against all that
-stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM
-rate are the device's. The constants below were fitted on an H200 to 3,900 measured (problem, plan) pairs: seven weights,
-M = 1 .. 8192, and nine grouped problems. There the default is 0.9% slower than the best plan in the geometric mean and 7%
-at worst (native/README.md).
+stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same on every Hopper; SM count and
+HBM rate are the device's. The constants below were fitted on an H200 to 3,600 measured (problem, plan) pairs: seven
+weights, M = 1 .. 8192, and nine grouped problems. There the default is 0.9% slower than the best plan in the geometric
+mean and 7% at worst (native/README.md).
 """
 
 import functools
@@ -29,7 +29,7 @@ SHARED_CONFLICT = 1.26  # reads and writes get in each other's way
 L2_BYTES_PER_CYCLE = 46.7  # one SM's share
 L2_MISS = 0.64  # of a missed byte's own cost
 WGMMA_LATENCY = 94
-PROMOTION = 1.93  # cycles of an FMA instruction, which competes with the tensor core for registers
+PROMOTION = 1.93  # cycles of an FMA, which competes with the tensor core for registers
 BARRIERS = 52
 EPILOGUE = 735
 STORE_BYTES_PER_CYCLE = {64: 134.0, 32: 56.5, 16: 24.3}  # by the columns that a TMA store takes at a time
@@ -58,7 +58,8 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     imbalance = min(per_cta * clusters / tiles, MEMORY_IMBALANCE) if tiles > clusters else 1.0
     memory = (unique * imbalance + groups * rows * problem.n * 2) / bandwidth
     launch = LAUNCH + (LAUNCH_CLUSTER if plan.cluster > 1 else 0)
-    return launch + max(compute, memory) + 0.02 * min(compute, memory)  # where one hides the other, less of it is better
+    hidden = 0.02 * min(compute, memory)  # where one hides the other, less of it is still better
+    return launch + max(compute, memory) + hidden
 
 
 def block_cycles(plan: Plan, rows: int, missed: float) -> float:

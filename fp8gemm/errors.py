@@ -1,16 +1,16 @@
 """Everything the library raises.
 
-    Fp8GemmError
-    ├── OperandError (ValueError)       a tensor or argument of a call; names it, its value and the limit
-    │   ├── DTypeError (TypeError)      wrong element type
-    │   ├── ShapeError                  wrong rank or shape
-    │   ├── LayoutError                 strides, alignment, read-only, overlap
-    │   └── DeviceError                 operands on different or unsupported devices
-    ├── BackendUnavailable (RuntimeError)   no Hopper GPU, driver or compiler for CUDA tensors
-    ├── CompileError (RuntimeError)     NVRTC or nvcc failed; carries the log
-    ├── DriverError (RuntimeError)      a CUDA driver call failed
-    ├── NotPrepared (RuntimeError)      a call would have to compile, load or allocate where it must not
-    └── PlanError (ValueError)          an illegal plan
+Fp8GemmError
+├── OperandError (ValueError)       a tensor or argument of a call; names it, its value and the limit
+│   ├── DTypeError (TypeError)      wrong element type
+│   ├── ShapeError                  wrong rank or shape
+│   ├── LayoutError                 strides, alignment, read-only, overlap
+│   └── DeviceError                 operands on different or unsupported devices
+├── BackendUnavailable (RuntimeError)   no Hopper GPU, driver or compiler for CUDA tensors
+├── CompileError (RuntimeError)     NVRTC or nvcc failed; carries the log
+├── DriverError (RuntimeError)      a CUDA driver call failed
+├── NotPrepared (RuntimeError)      a call would have to compile, load or allocate where it must not
+└── PlanError (ValueError)          an illegal plan
 """
 
 

@@ -28,8 +28,8 @@ def gemm_fp8_fp8_bf16_nt(
             framework of d (of a, without d).
         batch_invariant: a row's bits depend neither on M nor on the plan. Every plan has that property today.
 
-    uint8 is taken as e4m3 and uint16 as bfloat16. K is a multiple of 16; the last dimension of a, b and d is contiguous.
-    M = 0 and K = 0 are fine. Returns d.
+    uint8 is taken as e4m3 and uint16 as bfloat16. K is a multiple of 16; the last dimension of a, b and d is
+    contiguous. M = 0 and K = 0 are fine. Returns d.
 
     Raises:
         DTypeError, ShapeError, LayoutError, DeviceError: an operand is wrong; nothing was written.

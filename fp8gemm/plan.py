@@ -1,7 +1,7 @@
 """Plans: how a problem is computed on a Hopper GPU.
 
-A plan has two halves. The compiled half (tile, stages, cluster) goes into the kernel as macros and, with the kind, keys a
-cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says what is legal.
+A plan has two halves. The compiled half (tile, stages, cluster) goes into the kernel as macros and, with the kind, keys
+a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says what is legal.
 """
 
 import functools

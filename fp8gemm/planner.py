@@ -6,7 +6,6 @@ from .device import get_num_sms, require_hopper
 from .plan import Plan
 from .problem import Problem
 
-
 EXPECTED_M_MARGIN = 1.2  # what callers of DeepGEMM's masked form put on top of the mean rows of a group
 CPU_TILE_M = 256  # native/host/cpu_gemm.cpp
 

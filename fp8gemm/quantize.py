@@ -1,4 +1,4 @@
-"""Quantisers: bf16, fp16 or fp32 to e4m3 with FP32 scales, by the recipe of DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+"""Quantisers: bf16, fp16 or fp32 to e4m3 with FP32 scales, as DeepSeek-V3 does it (arXiv 2412.19437, section 3.3).
 
     s = max(amax, 1e-4) / 448      per block, in FP32; 448 is the largest e4m3
     q = e4m3(x / s)                IEEE division in FP32, round to nearest even, saturating
@@ -86,4 +86,3 @@ def _check_output(
     require_aligned(t, name)
     if (t.device_type, t.device_id) != (x.device_type, x.device_id):
         raise DeviceError(name, "on another device than x")
-

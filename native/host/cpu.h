@@ -4,7 +4,7 @@
 
 namespace fp8gemm {
 
-// D[m, n] = bf16( sum over kb of  sa[m, kb] * sb[n / 128, kb] * (A[m, kb] . B[n, kb]) ), sums in FP32, kb = 128-wide blocks of K.
+// D[m, n] = bf16( sum over kb of  sa[m, kb] * sb[n / 128, kb] * (A[m, kb] . B[n, kb]) ), sums in FP32, kb: blocks of 128.
 struct CpuGemm {
     int64_t m, n, k;
     const uint8_t* a; int64_t a_row;             // e4m3, row stride in elements (= bytes); k contiguous

@@ -4,7 +4,8 @@
 //
 // A persistent, warp-specialised kernel. Each CTA walks over output tiles (scheduler.cuh). Its warps have two roles:
 //
-//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, and scales where it can; the others the rest
+//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, and scales where it can; the other
+//              warps bring the rest of the scales
 //   consumers  one or two warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
 // A stage holds 128 of K of a tile: A, B and their scales. Two barriers guard it: `full` (everything has landed) and
@@ -68,8 +69,8 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_block
                 if (kShareB && !tile.alone) {
                     tma_load_multicast(b, p.b, k, tile.column + part_b, tile.group, full, p.b_policy, 3);
                 } else {
-                    for (int first = 0; first < kTileN; first += kRowsB)
-                        tma_load(s.b[ring.stage] + first * kTileK, p.b, k, tile.column + first, tile.group, full, p.b_policy);
+                    for (int n = 0; n < kTileN; n += kRowsB)
+                        tma_load(s.b[ring.stage] + n * kTileK, p.b, k, tile.column + n, tile.group, full, p.b_policy);
                 }
             }
             __syncwarp();
@@ -127,7 +128,7 @@ __device__ u32 panel_offset(int row, int column) {
 __device__ void stage_wave(u16 (&panels)[kPanels][64 * kPanel], const float (&sum)[kTileN / 2]) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = warp * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < kTileN / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16 of columns 8 * (l / 16) ...
+    for (int j = 0; j < kTileN / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
         const float* v = &sum[j * 8];
         store_matrix_x4(shared_address(panels[panel]) + panel_offset(row, column), pack_bf16(v[0], v[1]),
@@ -136,7 +137,8 @@ __device__ void stage_wave(u16 (&panels)[kPanels][64 * kPanel], const float (&su
 }
 
 // What TMA can't store: strides off 16 bytes, and a group's tail, below which another group's rows begin.
-__device__ void copy_wave(const GemmParams& p, const u16 (&panels)[kPanels][64 * kPanel], u16* d, int rows, int columns) {
+__device__ void copy_wave(const GemmParams& p, const u16 (&panels)[kPanels][64 * kPanel], u16* d, int rows,
+                          int columns) {
     constexpr int kChunks = kTileN / 8;
 #pragma unroll 1
     for (int i = threadIdx.x % 128; i < rows * kChunks; i += 128) {
@@ -172,8 +174,8 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
-        // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps the
-        // ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
+        // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps
+        // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
         if (__any_sync(0xffffffff, tile.rows <= first_row)) {
             for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
                 barrier_wait(&s.full[ring.stage], ring.phase);
@@ -196,17 +198,20 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
 #pragma unroll
             for (int w = 0; w < kWaves; ++w) {
                 float partial[kTileN / 2];
-                const u32 a = a_first + (stage * kTileM + w * 64) * (kTileK / 16), b = b_first + stage * kTileN * (kTileK / 16);
+                const u32 a = a_first + (stage * kTileM + w * 64) * (kTileK / 16);
+                const u32 b = b_first + stage * kTileN * (kTileK / 16);
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < kTileK / 32; ++k) Wgmma<kTileN>::mma(partial, wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k), k > 0);
+                for (int k = 0; k < kTileK / 32; ++k)
+                    Wgmma<kTileN>::mma(partial, wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k), k > 0);
                 wgmma_commit();
                 if (w == kWaves - 1) ring.advance();
                 wgmma_wait<0>();
                 float scale[kSegments][2];
 #pragma unroll
                 for (int i = 0; i < kSegments; ++i)
-                    for (int half = 0; half < 2; ++half) scale[i][half] = scale_a[w][half] * (i * kSegment < b_split ? scale_b[0] : scale_b[1]);
+                    for (int half = 0; half < 2; ++half)
+                        scale[i][half] = scale_a[w][half] * (i * kSegment < b_split ? scale_b[0] : scale_b[1]);
                 if (w == kWaves - 1) {                           // before the promotion: neither side need wait for it
                     release(&s.empty[stage]);
                     landed = barrier_test(&s.full[ring.stage], ring.phase);
@@ -231,7 +236,8 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
                     for (int i = 0; i < kPanels && i * kPanel < columns; ++i)
                         tma_store(p.d, s.d[consumer][w][i], tile.column + i * kPanel, row, group);
             } else {
-                copy_wave(p, s.d[consumer][w], p.d_data + group * p.d_group + row * p.d_row + tile.column, rows, columns);
+                u16* d = p.d_data + group * p.d_group + row * p.d_row + tile.column;
+                copy_wave(p, s.d[consumer][w], d, rows, columns);
             }
         }
         if (leader) tma_store_commit();

@@ -15,7 +15,7 @@ namespace fp8gemm {
 
 constexpr int kKind = KIND;
 constexpr int kTileM = TILE_M, kTileN = TILE_N;
-constexpr int kTileK = 128;                                      // bytes = e4m3 elements = a scale block = a swizzled row
+constexpr int kTileK = 128;                                      // bytes, e4m3 elements: a scale block, a swizzled row
 constexpr int kStages = STAGES;
 constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N, kCluster = kClusterM * kClusterN;
 
@@ -29,7 +29,7 @@ constexpr int kScaleSlots = kTileM + 4;                          // bulk copies 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
 constexpr int kSegments = kTileN / kSegment;
-constexpr int kPanel = greatest_common_divisor(kTileN, 64);      // columns of D stored together, swizzled in shared memory
+constexpr int kPanel = greatest_common_divisor(kTileN, 64);      // columns of D stored together, swizzled
 constexpr int kPanels = kTileN / kPanel;
 
 static_assert(kTileM == 64 || kTileM == 128 || kTileM == 256, "64 rows a wgmma, one or two waves of two consumers");

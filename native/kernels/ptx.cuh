@@ -26,8 +26,9 @@ PTX void cluster_sync() {
 PTX void cluster_sync_barriers() {               // after fence_barrier_init: nothing else needs to be made visible
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-PTX void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
-PTX void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+PTX void named_barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
 template <int N> PTX void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> PTX void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
 
@@ -63,7 +64,7 @@ PTX bool barrier_test(u64* barrier, u32 phase) {                 // never suspen
     return done;
 }
 PTX void barrier_wait(u64* barrier, u32 phase) {
-#ifdef MAX_WAITS                                                 // debug builds: a lost arrival traps instead of hanging
+#ifdef MAX_WAITS                                                 // debug builds: a lost arrival traps, not hangs
     for (int i = 0; i < MAX_WAITS; ++i)
         if (barrier_try_wait(barrier, phase)) return;
     __trap();
@@ -77,14 +78,14 @@ PTX void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [
 PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
                  " [%0], [%1, {%2, %3, %4}], [%5], %6;"
-                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(policy)
-                 : "memory");
+                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)),
+                    "l"(policy) : "memory");
 }
 PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy, u16 ranks) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                  ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;"
-                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(ranks),
-                    "l"(policy) : "memory");
+                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)),
+                    "h"(ranks), "l"(policy) : "memory");
 }
 PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {        // contiguous, multiples of 16 bytes
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -104,7 +105,7 @@ PTX void copy_async_4(void* to, const void* from, bool valid) {  // writes zeros
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :: "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
-PTX void copy_async_arrive(u64* barrier) {                       // arrives when this thread's earlier copies have landed
+PTX void copy_async_arrive(u64* barrier) {                       // arrives when this thread's copies have landed
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
 

@@ -1,11 +1,11 @@
-// bf16, fp16 or fp32 -> e4m3 with FP32 scales, by the recipe of DeepSeek-V3:  s = max(amax, 1e-4) / 448,  q = e4m3(x / s)
+// bf16, fp16 or fp32 -> e4m3 with FP32 scales, by the recipe of DeepSeek-V3: s = max(amax, 1e-4) / 448, q = e4m3(x / s)
 // per block, IEEE division in FP32, round to nearest even, saturating. A NaN makes its whole block NaN.
 #include "params.h"
 #include "ptx.cuh"
 #include "e4m3.cuh"
 
 #ifndef INPUT
-#define INPUT 0                                                  // 0 bf16, 1 fp16, 2 fp32: FloatType in native/host/cpu.h
+#define INPUT 0                                                 // 0 bf16, 1 fp16, 2 fp32: see host/cpu.h
 #endif
 
 namespace fp8gemm {

@@ -33,7 +33,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) fp8gemm_reference(const _
     __shared__ float a_tile[kDepth][kTile + 1], b_tile[kDepth][kTile + 1];
 
     int group = blockIdx.z, start = 0, rows = p.m;
-    if (KIND == kRagged) start = group ? clamped(p.layout[group - 1], p.m) : 0, rows = clamped(p.layout[group], p.m) - start;
+    if (KIND == kRagged) {
+        start = group ? clamped(p.layout[group - 1], p.m) : 0;
+        rows = clamped(p.layout[group], p.m) - start;
+    }
     if (KIND == kMasked) rows = clamped(p.layout[group], p.m);
     const int m0 = blockIdx.y * kTile, n0 = blockIdx.x * kTile;
     if (m0 >= rows) return;
@@ -44,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) fp8gemm_reference(const _
     const u8* a = p.a_data + group_a * p.a_group + (start + m0) * p.a_row;
     const u8* b = p.b_data + group * p.b_group + n0 * p.b_row;
     const float* sa = p.sa + group_a * p.sa_group + (start + m0) * p.sa_row;
-    const float* sb = p.sb + group * p.sb_group + n0 / 128 * p.sb_row;   // 64 divides 128: one scale for the tile's columns
+    const float* sb = p.sb + group * p.sb_group + n0 / 128 * p.sb_row;   // 64 divides 128: one scale a tile
 
     const int row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
     float sum[4][4] = {};

@@ -45,7 +45,7 @@ private:
     const GemmParams& p;
     int index;                                   // of the next cluster tile
     const int columns;                           // cluster tiles along N
-    // A window of 32 groups, one a lane: first row, rows, tiles up to and including this group since the window's first.
+    // A window of 32 groups, one a lane: first row, rows, tiles, and the tiles up to and including this group.
     int window = 0, tiles_before = 0, lane_start = 0, lane_rows = 0, lane_tiles = 0, lane_sum = 0;
 
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -62,7 +62,7 @@ private:
         tile.column = n * kTileN;
     }
 
-    // Contiguous: the group of the tile's 128-row segment, whose padding is marked -1. False if the cluster has no work.
+    // Contiguous: the group of the tile's segment, whose padding is marked -1. False if the cluster has no work.
     __device__ bool find_segment(Tile& tile) {
         auto group_of = [&](int row) {
             const int g = row < p.m ? p.layout[row] : -1;

@@ -10,7 +10,9 @@ namespace fp8gemm {
 
 PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> PTX void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory"); }
+template <int PENDING> PTX void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
 
 // Descriptor of an operand in shared memory: rows of 128 bytes, swizzled by TMA in atoms of 8 rows (1024 bytes apart).
 // Addresses count 16 bytes: add 2 for the next 32 of K. They are kept apart so that a loop adds to 32 bits only.

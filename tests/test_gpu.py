@@ -1,0 +1,555 @@
+"""What a Hopper machine must show, with PyTorch: every plan, shape, layout and kind against float32 products of the
+dequantised operands; CUDA graphs, streams, lifetimes."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from references import SEED, WEIGHTS, Rng, ceil_div, judge, m_indices_of, segments
+
+import fp8gemm
+from fp8gemm import (
+    LayoutError,
+    NotPrepared,
+    OperandError,
+    backends,
+    cost,
+    device,
+    gemm_fp8_fp8_bf16_nt,
+    m_grouped_gemm_fp8_fp8_bf16_nt_contiguous,
+    m_grouped_gemm_fp8_fp8_bf16_nt_masked,
+    native,
+    plan,
+    planner,
+)
+from fp8gemm.plan import Plan
+from fp8gemm.problem import KINDS, Problem
+
+pytestmark = pytest.mark.gpu
+TOUCHED_BY_NOBODY = 7.0  # what d's neighbours hold
+Tensor = Any
+
+
+@pytest.fixture(scope="module")
+def torch(hopper: int) -> Iterator[Any]:
+    torch = pytest.importorskip("torch")
+    torch.cuda.set_device(hopper)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(SEED)
+    yield torch
+    torch.cuda.synchronize()
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plan], None]:
+    """Makes every call take the given plan, where it takes any."""
+    choose = planner.cuda_plan
+
+    def force(forced: Plan) -> None:
+        def chosen(found: native.Problem, expected_m: int = 0) -> Plan | None:
+            if choose(found, expected_m) is None:
+                return None
+            p = Problem(found.kind, found.m, found.n, found.k, found.groups, expected_m)
+            return forced._replace(raster=cost.raster(p, forced))
+
+        monkeypatch.setattr(planner, "cuda_plan", chosen)
+
+    return force
+
+
+class Tools:
+    """Operands on the GPU and their products."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch, self.e4m3, self.bf16 = torch, torch.float8_e4m3fn, torch.bfloat16
+
+    def matrix(self, rows: int, k: int, groups: Sequence[int] = (), height: int = 1) -> tuple[Tensor, Tensor]:
+        """Normal numbers as e4m3, and scales of blocks of height x 128."""
+        torch = self.torch
+        values = torch.randn(*groups, rows, k, device="cuda").mul_(32).clamp_(-448, 448).to(self.e4m3)
+        scales = torch.rand(*groups, ceil_div(rows, height), ceil_div(k, 128), device="cuda") + 0.5
+        return values, scales
+
+    def dequantise(self, matrix: tuple[Tensor, Tensor], height: int = 1) -> Tensor:
+        q, s = matrix
+        wide = s.repeat_interleave(128, -1)[..., : q.shape[-1]]
+        return q.float() * wide.repeat_interleave(height, -2)[..., : q.shape[-2], :]
+
+    def product(self, lhs: tuple[Tensor, Tensor], rhs: tuple[Tensor, Tensor]) -> Tensor:
+        return self.dequantise(lhs) @ self.dequantise(rhs, 128).transpose(-1, -2)
+
+    def column_major(self, s: Tensor) -> Tensor:
+        *groups, rows, columns = s.shape
+        t = self.torch.full((*groups, columns, ceil_div(rows, 4) * 4), float("nan"), device="cuda")
+        t[..., :rows] = s.transpose(-1, -2)
+        return t.transpose(-1, -2)[..., :rows, :]
+
+    def check(self, d: Tensor, exact: Tensor) -> None:
+        """The criterion of `references`; K = 0 and products of zeros are exact."""
+        if not exact.numel():
+            return
+        error = (d.float() - exact).norm(dim=-1).double().cpu().numpy()
+        rounding = (exact.to(self.bf16).float() - exact).norm(dim=-1).double().cpu().numpy()
+        if exact.shape[-1] < 64:  # a few elements may need no rounding; the tensor core's 14 bits still do
+            size = exact.norm(dim=-1).double().cpu().numpy()
+            assert (error <= 2 * rounding + 2.0**-8 * size.max()).all()
+            return
+        judge(error, rounding, exact.shape[-1])
+
+    def dense(
+        self, m: int, n: int, k: int, column: bool = True, pad_a: int = 0, pad_d: int = 0, offset: int = 0
+    ) -> None:
+        """One call, with padding between the rows of a and d and d off its alignment; d's neighbours stay."""
+        torch = self.torch
+        (a, sa), rhs = self.matrix(m, k), self.matrix(n, k, height=128)
+        exact = self.product((a, sa), rhs)
+        if pad_a:
+            wide = torch.full((m, k + pad_a), 448.0, device="cuda").to(self.e4m3)
+            wide[:, :k] = a
+            a = wide[:, :k]
+        full = torch.full((m + 2, n + pad_d + offset), TOUCHED_BY_NOBODY, device="cuda", dtype=self.bf16)
+        d = full[1 : m + 1, offset : offset + n]
+        d.fill_(float("nan"))
+        gemm_fp8_fp8_bf16_nt((a, self.column_major(sa) if column else sa), rhs, d)
+        self.check(d, exact)
+        d.fill_(TOUCHED_BY_NOBODY)
+        assert (full == TOUCHED_BY_NOBODY).all()
+
+    def grouped(self, kind: int, sizes: Sequence[int], n: int, k: int, spare: int = 3, column: bool = True) -> None:
+        call, d, expected, _ = self.grouped_call(kind, sizes, n, k, spare, column)
+        call()
+        self.check_groups(d, expected)
+
+    def grouped_call(
+        self, kind: int, sizes: Sequence[int], n: int, k: int, spare: int = 3, column: bool = True
+    ) -> tuple[Callable[[], object], Tensor, Callable[[], list[tuple[Any, Tensor]]], Tensor]:
+        """(the call, d, where each group's rows are and what they must be, the sizes on the device)."""
+        torch, groups = self.torch, len(sizes)
+        b, sb = self.matrix(n, k, (groups,), 128)
+        if kind == native.MASKED:
+            a, sa = self.matrix(max([1, *sizes]) + spare, k, (groups,))
+            layout = torch.tensor(sizes, dtype=torch.int32, device="cuda")
+        else:
+            rows = segments(sizes, 128 if kind == native.CONTIGUOUS else 1)[1]
+            extra = 0 if kind == native.CONTIGUOUS else spare
+            a, sa = self.matrix(rows + extra, k)
+            values = m_indices_of(sizes) if kind == native.CONTIGUOUS else np.cumsum(sizes)
+            layout = torch.tensor(values, dtype=torch.int32, device="cuda")
+        d = torch.full((*a.shape[:-1], n), TOUCHED_BY_NOBODY, device="cuda", dtype=self.bf16)
+        scales = self.column_major(sa) if column else sa
+
+        def call() -> object:
+            if kind == native.MASKED:
+                hint = max(1, sum(sizes) // groups)
+                return m_grouped_gemm_fp8_fp8_bf16_nt_masked((a, scales), (b, sb), d, layout, hint)
+            name = "m_indices" if kind == native.CONTIGUOUS else "group_ends"
+            return m_grouped_gemm_fp8_fp8_bf16_nt_contiguous((a, scales), (b, sb), d, **{name: layout}, validate=False)
+
+        def expected() -> list[tuple[Any, Tensor]]:
+            counts = layout.tolist()
+            found: list[tuple[Any, Tensor]] = []
+            for group in range(groups):
+                if kind == native.MASKED:
+                    where: Any = (group, slice(counts[group]))
+                elif kind == native.RAGGED:
+                    where = slice(counts[group - 1] if group else 0, counts[group])
+                else:
+                    first = segments(sizes)[0][group]
+                    where = slice(first, first + sizes[group])
+                found.append((where, self.product((a[where], sa[where]), (b[group], sb[group]))))
+            return found
+
+        return call, d, expected, layout
+
+    def check_groups(self, d: Tensor, expected: Callable[[], list[tuple[Any, Tensor]]]) -> None:
+        rest = d.clone()
+        for where, exact in expected():
+            self.check(d[where], exact)
+            rest[where] = TOUCHED_BY_NOBODY
+        assert (rest == TOUCHED_BY_NOBODY).all(), "rows that belong to no group were written"
+
+
+@pytest.fixture(scope="module")
+def tools(torch: Any) -> Tools:
+    return Tools(torch)
+
+
+GROUPED = [native.CONTIGUOUS, native.RAGGED, native.MASKED]
+each_group_kind = pytest.mark.parametrize("kind", GROUPED, ids=[KINDS[kind] for kind in GROUPED])
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize("column", [True, False], ids=["column-major", "row-major"])
+@pytest.mark.parametrize(("n", "k"), WEIGHTS)
+def test_weights(tools: Tools, n: int, k: int, column: bool) -> None:
+    for m in (1, 3, 16, 64, 65, 128, 1000, 4096):
+        tools.dense(m, n, k, column)
+
+
+@pytest.mark.parametrize("tile_m", plan.TILE_MS)
+def test_every_compiled_plan(tools: Tools, rng: Rng, hopper: int, force: Callable[[Plan], None], tile_m: int) -> None:
+    for kind in range(4):
+        for forced in plan.compiled_space(kind, device.read_device(hopper)):
+            if forced.tile_m != tile_m:
+                continue
+            force(forced)
+            n, k = int(rng.integers(1, 2000)), 16 * int(rng.integers(1, 100))
+            if kind == native.DENSE:
+                tools.dense(int(rng.integers(1, 1500)), n, k, bool(rng.integers(2)))
+            else:
+                tools.grouped(kind, [3, 0, int(rng.integers(1, 400)), 128, 1], n, k, column=bool(rng.integers(2)))
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_any_shape(tools: Tools, rng: Rng, part: int) -> None:
+    """50 of each part: strides and addresses on and off what TMA takes, odd N, padded rows whose neighbours stay."""
+    for _ in range(50):
+        m = (0, int(rng.integers(0, 5000)), int(rng.integers(1, 200)))[rng.integers(3)]
+        n, k = int(rng.integers(1, 9000)), 16 * int(rng.integers(0, 562))
+        pad_a, pad_d, offset = (int(rng.choice(x)) for x in ([0, 0, 16, 5], [0, 0, 8, 3], [0, 0, 8, 1]))
+        print(m, n, k, pad_a, pad_d, offset)
+        tools.dense(m, n, k, bool(rng.integers(2)), pad_a, pad_d, offset)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 63, 64, 65, 129, 577])
+def test_odd_columns(tools: Tools, n: int) -> None:
+    for m, pad_d, offset in itertools.product((1, 70, 300), (0, 1, 8), (0, 1)):
+        tools.dense(m, n, 272, pad_d=pad_d, offset=offset)
+
+
+@each_group_kind
+def test_any_groups(tools: Tools, rng: Rng, kind: int) -> None:
+    for i in range(25):
+        groups = int(rng.choice([1, 2, 5, 33, 64]))
+        sizes = [int(rng.integers(0, rng.choice([1, 2, 50, 300]))) for _ in range(groups)]
+        if i % 10 == 0:
+            sizes[-1] = 2000
+        n, k = int(rng.choice([512, int(rng.integers(1, 600))])), 16 * int(rng.integers(0, 60))
+        print(sizes, n, k)
+        tools.grouped(kind, sizes, n, k, int(rng.integers(0, 60)), bool(rng.integers(2)))
+
+
+def test_same_bits_each_time(torch: Any, tools: Tools) -> None:
+    lhs, rhs = tools.matrix(1000, 7168), tools.matrix(2112, 7168, height=128)
+    first = torch.empty(1000, 2112, device="cuda", dtype=tools.bf16)
+    gemm_fp8_fp8_bf16_nt(lhs, rhs, first)
+    for _ in range(20):
+        d = torch.full_like(first, float("nan"))
+        gemm_fp8_fp8_bf16_nt(lhs, rhs, d)
+        assert torch.equal(d.view(torch.int16), first.view(torch.int16))
+
+
+def test_rows_do_not_depend_on_m(torch: Any, tools: Tools) -> None:
+    (a, sa), rhs = tools.matrix(4096, 2048), tools.matrix(7168, 2048, height=128)
+    full = torch.from_dlpack(gemm_fp8_fp8_bf16_nt((a, sa), rhs, batch_invariant=True))
+    for first, m in ((0, 1), (5, 16), (100, 64), (17, 300), (1000, 2000)):
+        rows = slice(first, first + m)
+        some = torch.from_dlpack(gemm_fp8_fp8_bf16_nt((a[rows], sa[rows]), rhs, batch_invariant=True))
+        assert torch.equal(some.view(torch.int16), full[rows].view(torch.int16))
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 7, 77, 131])
+def test_num_sms(tools: Tools, hopper: int, num_sms: int) -> None:
+    fp8gemm.set_num_sms(num_sms, hopper)
+    tools.dense(300, 576, 1024)
+    tools.grouped(native.RAGGED, [100, 0, 3], 576, 1024)
+
+
+def test_nan_and_inf(torch: Any, tools: Tools) -> None:
+    (a, sa), (b, sb) = tools.matrix(300, 512), tools.matrix(400, 512, height=128)
+    clean = torch.from_dlpack(gemm_fp8_fp8_bf16_nt((a, sa), (b, sb)))
+    a.view(torch.uint8)[7, 300], sb[2, 1] = 0x7F, float("inf")
+    d = torch.from_dlpack(gemm_fp8_fp8_bf16_nt((a, sa), (b, sb)))
+    assert d[7].isnan().all()
+    spoilt = torch.zeros(300, 400, dtype=torch.bool, device="cuda")
+    spoilt[7], spoilt[:, 256:384] = True, True
+    assert not d[spoilt].isfinite().any()
+    assert torch.equal(d[~spoilt], clean[~spoilt])
+
+
+# ---- checks
+
+
+@each_group_kind
+def test_validate(torch: Any, tools: Tools, kind: int) -> None:
+    _, d, _, layout = tools.grouped_call(kind, [100, 28], 64, 128)
+    groups = (2,) if kind == native.MASKED else ()
+    lhs, rhs = tools.matrix(d.shape[-2], 128, groups), tools.matrix(64, 128, (2,), 128)
+    layout[-1] = 10**6
+    names = {native.CONTIGUOUS: "m_indices", native.RAGGED: "group_ends", native.MASKED: "masked_m"}
+    masked = kind == native.MASKED
+    function = m_grouped_gemm_fp8_fp8_bf16_nt_masked if masked else m_grouped_gemm_fp8_fp8_bf16_nt_contiguous
+    arguments: dict[str, Any] = {names[kind]: layout}
+    with pytest.raises(OperandError, match="1000000 at"):
+        function(lhs, rhs, d, **arguments, validate=True)
+    assert (d == TOUCHED_BY_NOBODY).all()
+
+
+@each_group_kind
+def test_nonsense_stays_inside(torch: Any, tools: Tools, rng: Rng, kind: int) -> None:
+    """d in the middle of an allocation of its own, which stays as it was around it."""
+    groups, m, n = 5, 512, 136
+    stack = (groups,) if kind == native.MASKED else ()
+    lhs, rhs = tools.matrix(m, 256, stack), tools.matrix(n, 256, (groups,), 128)
+    rows = m * (groups if stack else 1)
+    full = torch.full((rows + 2 * m, n), TOUCHED_BY_NOBODY, device="cuda", dtype=tools.bf16)
+    d = full[m:-m].view(*stack, m, n)
+    count, limit = (m, groups) if kind == native.CONTIGUOUS else (groups, m)
+    for _ in range(20):
+        values = rng.choice([-(2**31), -1, 0, 1, limit - 1, limit, limit + 1, 2**31 - 1], count)
+        layout = torch.tensor(values, dtype=torch.int32, device="cuda")
+        if kind == native.MASKED:
+            m_grouped_gemm_fp8_fp8_bf16_nt_masked(lhs, rhs, d, layout)
+        elif kind == native.RAGGED:
+            m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(lhs, rhs, d, group_ends=layout)
+        else:
+            m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(lhs, rhs, d, layout)
+        torch.cuda.synchronize()
+        assert (full[:m] == TOUCHED_BY_NOBODY).all()
+        assert (full[-m:] == TOUCHED_BY_NOBODY).all()
+
+
+def test_operands_on_cpu_and_gpu(torch: Any, tools: Tools) -> None:
+    (a, sa), rhs = tools.matrix(5, 128), tools.matrix(8, 128, height=128)
+    with pytest.raises(fp8gemm.DeviceError, match="sa: on cpu:0"):
+        gemm_fp8_fp8_bf16_nt((a, sa.cpu()), rhs)
+    with pytest.raises(LayoutError, match="d: overlaps a"):
+        gemm_fp8_fp8_bf16_nt((a, sa), rhs, a.view(torch.uint8).flatten()[:80].view(tools.bf16).view(5, 8))
+
+
+# ---- our own tensors, streams, lifetimes
+
+
+def test_allocated_result(torch: Any, tools: Tools) -> None:
+    lhs, rhs = tools.matrix(100, 1024), tools.matrix(576, 1024, height=128)
+    ours = gemm_fp8_fp8_bf16_nt(lhs, rhs)
+    assert isinstance(ours, fp8gemm.Tensor)
+    d = torch.from_dlpack(ours)
+    assert (d.dtype, tuple(d.shape), d.device.type) == (tools.bf16, (100, 576), "cuda")
+    del ours
+    tools.check(d, tools.product(lhs, rhs))
+    with pytest.raises(OperandError, match="only CPU tensors have a NumPy view"):
+        gemm_fp8_fp8_bf16_nt(lhs, rhs).numpy()
+
+
+def test_current_stream_and_given_stream(torch: Any, tools: Tools) -> None:
+    """A call comes after what its stream was given before, and before what it is given after."""
+    lhs, rhs = tools.matrix(256, 2048), tools.matrix(7168, 2048, height=128)
+    exact = tools.product(lhs, rhs)
+    source = lhs[0].clone()
+    for how in ("current", "int", "object"):
+        stream = torch.cuda.Stream()
+        a = torch.zeros_like(source.view(torch.uint8)).view(tools.e4m3)
+        d = torch.full((256, 7168), float("nan"), device="cuda", dtype=tools.bf16)
+        torch.cuda.synchronize()
+        given: dict[str, Any] = {"int": {"stream": stream.cuda_stream}, "object": {"stream": CudaStream(stream)}}.get(
+            how, {}
+        )
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            a.copy_(source)
+            if not given:
+                gemm_fp8_fp8_bf16_nt((a, lhs[1]), rhs, d)
+        if given:
+            gemm_fp8_fp8_bf16_nt((a, lhs[1]), rhs, d, **given)
+        with torch.cuda.stream(stream):
+            copy = d.clone()
+            d.zero_()
+        torch.cuda.synchronize()
+        tools.check(copy, exact)
+
+
+class CudaStream:
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
+
+
+def test_consumer_on_another_stream(torch: Any, tools: Tools) -> None:
+    """from_dlpack on another stream waits for our work."""
+    lhs, rhs = tools.matrix(256, 2048), tools.matrix(7168, 2048, height=128)
+    exact = tools.product(lhs, rhs)
+    one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(one):
+        torch.cuda._sleep(20_000_000)
+        ours = gemm_fp8_fp8_bf16_nt(lhs, rhs)
+    with torch.cuda.stream(other):
+        copy = torch.from_dlpack(ours).clone()
+    torch.cuda.synchronize()
+    tools.check(copy, exact)
+
+
+def test_two_streams(torch: Any, tools: Tools) -> None:
+    """Calls side by side do not touch each other's results."""
+    problems = [(tools.matrix(m, 2048), tools.matrix(2112, 2048, height=128)) for m in (100, 3000)]
+    exact = [tools.product(*p) for p in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    results: list[list[Any]] = [[], []]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, (lhs, rhs), found in zip(streams, problems, results, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(torch.from_dlpack(gemm_fp8_fp8_bf16_nt(lhs, rhs)))
+    torch.cuda.synchronize()
+    for found, right in zip(results, exact, strict=True):
+        for d in found:
+            tools.check(d, right)
+            assert torch.equal(d, found[0])
+
+
+@pytest.mark.parametrize("capsules", [False, True], ids=["as torch is", "by capsules"])
+def test_inputs_may_be_dropped_after_the_call(
+    torch: Any, tools: Tools, capsules: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of an input that is deleted right after the call goes to nobody else before the call has read it."""
+    if capsules:
+        monkeypatch.setattr(fp8gemm.dlpack, "_exchange_api", lambda x: None)
+    rhs = tools.matrix(7168, 2048, height=128)
+    lhs = tools.matrix(256, 2048)
+    exact = tools.product(lhs, rhs)
+    for _ in range(10):
+        a, sa = (x.clone() for x in lhs)
+        d = torch.full((256, 7168), float("nan"), device="cuda", dtype=tools.bf16)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(5_000_000)
+        gemm_fp8_fp8_bf16_nt((a, sa), rhs, d)
+        shapes = [(x.shape, x.dtype) for x in (a, sa)]
+        del a, sa
+        thieves = [torch.full(shape, 1.0, device="cuda").to(dtype) for shape, dtype in shapes]
+        torch.cuda.synchronize()
+        tools.check(d, exact)
+        del thieves
+
+
+# ---- CUDA graphs
+
+
+def capture(torch: Any, call: Callable[[], object]) -> Any:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def test_graph_of_a_dense_call(torch: Any, tools: Tools) -> None:
+    (a, sa), rhs = tools.matrix(64, 2048), tools.matrix(7168, 2048, height=128)
+    d = torch.empty(64, 7168, device="cuda", dtype=tools.bf16)
+    gemm_fp8_fp8_bf16_nt((a, sa), rhs, d)
+    graph = capture(torch, lambda: gemm_fp8_fp8_bf16_nt((a, sa), rhs, d))
+    for _ in range(3):
+        new = tools.matrix(64, 2048)
+        a.copy_(new[0]), sa.copy_(new[1]), d.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        tools.check(d, tools.product(new, rhs))
+
+
+@each_group_kind
+def test_graph_of_groups(torch: Any, tools: Tools, rng: Rng, kind: int) -> None:
+    """Replayed with other counts than it was captured with: they are read on the device."""
+    sizes = [40, 0, 128, 7]
+    call, d, expected, layout = tools.grouped_call(kind, sizes, 576, 1024, spare=130)
+    call()
+    graph = capture(torch, call)
+    for i in range(4):
+        if i and kind == native.MASKED:
+            layout.copy_(torch.tensor(rng.integers(0, d.shape[1] + 1, 4), dtype=torch.int32))
+        elif i and kind == native.RAGGED:
+            ends = np.sort(rng.integers(0, len(d) + 1, 4))
+            layout.copy_(torch.tensor(ends, dtype=torch.int32))
+        d.fill_(TOUCHED_BY_NOBODY)
+        graph.replay()
+        torch.cuda.synchronize()
+        tools.check_groups(d, expected)
+
+
+def test_capture_of_a_kernel_that_is_not_loaded(torch: Any, tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NotPrepared, and the same call works before and after; nor can a capture allocate d."""
+    lhs, rhs = tools.matrix(64, 1024), tools.matrix(576, 1024, height=128)
+    d = torch.empty(64, 576, device="cuda", dtype=tools.bf16)
+    gemm_fp8_fp8_bf16_nt(lhs, rhs, d)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_kernels", {})
+        caught = []
+
+        def call() -> None:
+            torch.zeros(1, device="cuda")
+            try:
+                gemm_fp8_fp8_bf16_nt(lhs, rhs, d)
+            except NotPrepared as error:
+                caught.append(str(error))
+
+        capture(torch, call)
+        assert len(caught) == 1
+        assert "before the capture" in caught[0]
+
+    def allocate() -> None:
+        torch.zeros(1, device="cuda")
+        with pytest.raises(NotPrepared, match="pass d"):
+            gemm_fp8_fp8_bf16_nt(lhs, rhs)
+
+    capture(torch, allocate)
+    d.fill_(float("nan"))
+    gemm_fp8_fp8_bf16_nt(lhs, rhs, d)
+    tools.check(d, tools.product(lhs, rhs))
+
+
+# ---- quantisers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("per_block", [False, True])
+def test_quantisers(torch: Any, tools: Tools, dtype: str, per_block: bool) -> None:
+    """Bit for bit what the CPU backend makes of the same numbers, which is held to NumPy and ml_dtypes."""
+    cast = fp8gemm.per_block_cast_to_fp8 if per_block else fp8gemm.per_token_cast_to_fp8
+    for rows, k in ((1, 1), (333, 1000), (128, 128), (700, 2048)):
+        x = torch.randn(rows, k, device="cuda") * torch.exp2(torch.rand(rows, k, device="cuda") * 20 - 14)
+        x = x.to(getattr(torch, dtype))
+        if rows > 300:
+            x[3, 9], x[5, 500] = float("nan"), float("inf")
+        ours = [torch.from_dlpack(t).cpu() for t in cast(x)]
+        expected = [torch.from_dlpack(t) for t in cast(x.cpu())]
+        np.testing.assert_array_equal(ours[1].numpy(), expected[1].numpy())
+        assert torch.equal(ours[0].view(torch.uint8), expected[0].view(torch.uint8))
+
+
+def test_col_major_tma_aligned_tensor(torch: Any) -> None:
+    for shape in ((1, 1), (333, 57), (4, 100, 16)):
+        s = torch.rand(*shape, device="cuda")
+        t = torch.from_dlpack(fp8gemm.get_col_major_tma_aligned_tensor(s))
+        assert t.stride()[-2:] == (1, ceil_div(shape[-2], 4) * 4)
+        assert torch.equal(t, s)
+
+
+# ---- processes
+
+
+def test_fork_after_cuda(torch: Any) -> None:
+    """CUDA does not survive a fork: the child hears it, instead of hanging."""
+    code = """
+import os, torch, fp8gemm
+a, s = torch.zeros(16, 128, device="cuda", dtype=torch.uint8), torch.ones(16, 1, device="cuda")
+fp8gemm.gemm_fp8_fp8_bf16_nt((a, s), (a, s[:1]))
+torch.cuda.synchronize()
+child = os.fork()
+if child == 0:
+    try:
+        fp8gemm.device.read_device.cache_clear()
+        fp8gemm.get_num_sms()
+    except fp8gemm.BackendUnavailable as error:
+        os._exit(0 if "forked" in str(error) else 2)
+    os._exit(1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    root = Path(fp8gemm.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, cwd=root).returncode == 0

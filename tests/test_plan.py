@@ -1,0 +1,515 @@
+"""Plans: what is legal, what the cost model picks, and that the scheduler covers every element of D exactly once."""
+
+import concurrent.futures
+import ctypes
+import functools
+import itertools
+import math
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references import H100, HOPPERS, SMALL, WEIGHTS, Array, ceil_div, m_indices_of, segments
+
+from fp8gemm import PlanError, backends, cost, device, native, plan, planner
+from fp8gemm.device import Device
+from fp8gemm.plan import Plan, compiled_space
+from fp8gemm.problem import KINDS, Problem
+
+KERNELS = Path(__file__).parent.parent / "native" / "kernels"
+GOOD = Plan(128, 128, 5, 1, 2, 132, 4)
+each_device = pytest.mark.parametrize("gpu", HOPPERS, ids=lambda gpu: gpu.name)
+each_kind = pytest.mark.parametrize("kind", range(4), ids=KINDS)
+
+
+# ---- what is legal
+
+
+def test_legal_plan() -> None:
+    assert not list(GOOD.violations(native.DENSE, H100))
+    GOOD.check(native.DENSE, H100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tile_m": 32}, ["tile_m 32, allowed are (64, 128, 256)"]),
+        ({"tile_n": 24}, ["tile_n 24, allowed are (16, "]),
+        ({"tile_n": 176, "stages": 2}, ["tile_n 176, allowed"]),
+        ({"tile_n": 208, "stages": 2}, ["tile_n 208, allowed"]),
+        ({"tile_m": 256, "tile_n": 144, "stages": 2}, ["tile 256 x 144", "do not fit in registers"]),
+        ({"cluster_m": 2, "cluster_n": 2}, ["cluster 2 x 2, allowed"]),
+        ({"cluster_m": 1, "cluster_n": 4}, ["cluster 1 x 4, allowed"]),
+        ({"stages": 1}, ["1 stages, allowed are 2 to 12"]),
+        ({"stages": 13, "tile_m": 64, "tile_n": 16}, ["13 stages, allowed are 2 to 12"]),
+        ({"stages": 7}, ["bytes of shared memory", H100.name, "232448"]),
+        ({"num_sms": 1}, ["num_sms 1, allowed are 2 (the cluster) to 132"]),
+        ({"num_sms": 133}, ["num_sms 133, allowed are 2 (the cluster) to 132"]),
+        ({"raster": 0}, ["raster 0, must be at least 1"]),
+        ({"b_policy": "evict_never"}, ["b_policy 'evict_never', allowed are", "evict_first"]),
+    ],
+    ids=repr,
+)
+def test_violations(changes: dict[str, Any], words: list[str]) -> None:
+    """Each rule, one at a time: one violation, in words with the value and the limit."""
+    broken = GOOD._replace(**changes)
+    found = list(broken.violations(native.DENSE, H100))
+    assert len(found) == 1, found
+    assert all(word in found[0] for word in words), found
+    with pytest.raises(PlanError) as caught:
+        broken.check(native.DENSE, H100)
+    assert found[0] in str(caught.value)
+
+
+def test_violations_of_contiguous_groups() -> None:
+    broken = GOOD._replace(tile_m=256, stages=3)
+    for kind in range(4):
+        found = list(broken.violations(kind, H100))
+        assert len(found) == (kind == native.CONTIGUOUS)
+        assert all("aligned to 128 rows only" in text for text in found)
+
+
+def test_every_violation_is_told() -> None:
+    broken = Plan(100, 100, 100, 3, 3, 1000, -1, "x")
+    assert len(list(broken.violations(native.DENSE, H100))) == 8
+
+
+@each_device
+@each_kind
+def test_compiled_space(kind: int, gpu: Device) -> None:
+    space = compiled_space(kind, gpu)
+    assert len(set(space)) == len(space) > 20
+    for legal in space:
+        assert not list(legal.violations(kind, gpu))
+        assert legal.shared_bytes <= gpu.shared_bytes
+        assert legal.shared_bytes % 1024 == 0
+        more = legal._replace(stages=legal.stages + 1)
+        assert list(more.violations(kind, gpu)), "fewer stages than fit"
+        assert len({legal.kernel(kind)} & {other.kernel(kind) for other in space if other != legal}) == 0
+    tiles = {(legal.tile_m, legal.tile_n) for legal in space}
+    assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS)
+    assert {tile_m for tile_m, _ in tiles} == set(plan.TILE_MS if kind != native.CONTIGUOUS else plan.TILE_MS[:2])
+
+
+def test_what_follows_from_a_plan() -> None:
+    assert [Plan(m, 16, 2).threads for m in plan.TILE_MS] == [256, 384, 384]
+    passed = GOOD.native()
+    for name, value in GOOD._asdict().items():
+        assert getattr(passed, name) == (plan.L2_POLICIES[value] if name == "b_policy" else value)
+    assert (passed.shared_bytes, passed.threads) == (GOOD.shared_bytes, 384)
+    assert str(GOOD) == "128x128 stages 5 cluster 1x2 sms 132 raster 4"
+    macros = dict(GOOD.kernel(native.MASKED).macros)
+    assert macros["SMEM_BYTES"] == GOOD.shared_bytes
+    assert (macros["TILE_M"], macros["TILE_N"], macros["STAGES"], macros["KIND"]) == (128, 128, 5, 3)
+
+
+def test_launch_parameters_compile_nothing() -> None:
+    other = GOOD._replace(num_sms=7, raster=9, b_policy="evict_first")
+    assert other.kernel(native.DENSE) == GOOD.kernel(native.DENSE)
+
+
+# ---- what is picked
+
+sizes_m = st.one_of(st.integers(1, 300), st.integers(1, 70000))
+problems = st.builds(
+    Problem,
+    st.integers(0, 3),
+    sizes_m,
+    st.one_of(st.integers(1, 300), st.integers(1, 130000)),
+    st.integers(1, 1100).map(lambda k: 16 * k),
+    st.integers(1, 300),
+    st.one_of(st.just(0), sizes_m),
+)
+
+
+@settings(max_examples=150)
+@given(problems, st.sampled_from(HOPPERS), st.data())
+def test_default_plan_is_legal(problem: Problem, gpu: Device, data: st.DataObject) -> None:
+    num_sms = data.draw(st.one_of(st.just(1), st.just(gpu.sms), st.integers(1, gpu.sms)))
+    picked = cost.default_plan(problem, gpu, num_sms)
+    assert not list(picked.violations(problem.kind, gpu))
+    assert picked.num_sms == num_sms
+    assert picked == cost.default_plan(problem, gpu, num_sms)
+    assert 0 < cost.predict(problem, picked, gpu) < math.inf
+    others = [p._replace(num_sms=num_sms) for p in compiled_space(problem.kind, gpu) if p.cluster <= num_sms]
+    assert cost.predict(problem, picked, gpu) == min(cost.predict(problem, p, gpu) for p in others)
+
+
+@settings(max_examples=150)
+@given(problems, st.sampled_from(HOPPERS), st.data())
+def test_raster(problem: Problem, gpu: Device, data: st.DataObject) -> None:
+    """A band is no higher than there are tiles, and bands are of nearly one height."""
+    some = data.draw(st.sampled_from(compiled_space(problem.kind, gpu)))
+    raster = cost.raster(problem, some)
+    _, rows = cost._groups(problem)
+    tiles = ceil_div(rows, some.tile_m * some.cluster_m)
+    assert 1 <= raster <= tiles
+    bands = ceil_div(tiles, raster)
+    assert bands * raster - tiles < bands + raster
+
+
+@pytest.mark.parametrize(("n", "k"), WEIGHTS)
+def test_more_rows_take_longer(n: int, k: int) -> None:
+    """And never by a jump: the model has no cliff that a plan of the next size could step over."""
+    times = [
+        cost.predict(p := Problem(native.DENSE, m, n, k), cost.default_plan(p, H100, 132), H100)
+        for m in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    ]
+    for before, after in itertools.pairwise(times):
+        assert 0.98 * before < after < 4.1 * before
+
+
+def test_fewer_sms_are_not_faster() -> None:
+    for m, (n, k) in ((64, WEIGHTS[0]), (4096, WEIGHTS[4])):
+        p = Problem(native.DENSE, m, n, k)
+        times = [cost.predict(p, cost.default_plan(p, H100, sms), H100) for sms in (132, 131, 66, 33, 8, 1)]
+        assert all(more < 1.01 * fewer for more, fewer in itertools.pairwise(times))
+
+
+def test_bucket() -> None:
+    buckets = [planner.bucket(m) for m in range(20000)]
+    assert buckets == sorted(buckets)
+    assert all(m <= bucket < m + 256 and bucket % 16 == 0 for m, bucket in enumerate(buckets))
+    assert all(planner.bucket(bucket) == bucket for bucket in set(buckets))
+
+
+def found(kind: int, m: int, n: int, k: int, groups: int = 1, tma: bool = True) -> native.Problem:
+    return native.Problem(kind, native.CUDA, 0, m, n, k, groups, tma, tma)
+
+
+def test_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "read_device", lambda device_id: SMALL)
+    for kind in range(4):
+        picked = planner.cuda_plan(found(kind, 100, 512, 1024, 4), 17)
+        assert picked is not None
+        assert not list(picked.violations(kind, SMALL))
+        assert picked.num_sms == SMALL.sms
+    for sms in (1, 3, 16):
+        device.set_num_sms(sms)
+        picked = planner.cuda_plan(found(0, 100, 512, 1024))
+        assert picked is not None
+        assert picked.num_sms == sms
+    for none in (found(0, 0, 512, 1024), found(0, 5, 512, 0), found(0, 5, 512, 1024, tma=False)):
+        assert planner.cuda_plan(none) is None  # the reference kernel's, or nobody's
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10000), st.integers(1, 100000), st.integers(1, 128))
+def test_cpu_plan(m: int, n: int, threads: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "cpu_threads", lambda: threads)
+        picked = planner.cpu_plan(native.Problem(0, native.CPU, 0, m, n, 128, 1))
+    assert picked.threads == threads
+    assert 16 <= picked.tile_n <= 256
+    assert picked.tile_n % 16 == 0
+
+
+def test_cpu_threads() -> None:
+    assert backends.cpu_threads() == len(os.sched_getaffinity(0)) >= 1
+    assert str(backends.CpuPlan(2, 64)) == "2 threads, 64 columns"
+
+
+# ---- the scheduler: a model of native/kernels/scheduler.cuh, and the device code itself, compiled for the host
+
+
+class Tile(NamedTuple):
+    group: int
+    row: int
+    column: int
+    rows: int
+    alone: int = 0
+
+
+class Case(NamedTuple):
+    """What the scheduler sees of a launch."""
+
+    kind: int
+    tile: tuple[int, int, int, int]  # tile_m, tile_n, cluster_m, cluster_n
+    m: int
+    n: int
+    groups: int
+    layout: tuple[int, ...]
+    raster: int
+    grid: int
+
+
+def clamp(value: int, limit: int) -> int:
+    return min(max(value, 0), limit)
+
+
+def walk(case: Case, block: int) -> Iterator[Tile]:
+    """The tiles of one CTA, by the arithmetic of scheduler.cuh."""
+    tile_m, tile_n, cluster_m, cluster_n = case.tile
+    cluster, height = cluster_m * cluster_n, tile_m * cluster_m
+    columns, rank = ceil_div(case.n, tile_n * cluster_n), block % cluster
+    for index in range(block // cluster, 10**9, case.grid // cluster):
+        group, in_group, start, rows = 0, index, 0, case.m
+        if case.kind in (native.RAGGED, native.MASKED):
+            for group in range(case.groups):
+                end = clamp(case.layout[group], case.m)
+                start = clamp(case.layout[group - 1], case.m) if case.kind == native.RAGGED and group else 0
+                rows = max(end - start, 0)
+                tiles = ceil_div(rows, height) * columns
+                if in_group < tiles:
+                    break
+                in_group -= tiles
+            else:
+                return
+        elif index >= ceil_div(case.m, height) * columns:
+            return
+        band = in_group // (case.raster * columns)
+        band_rows = min(case.raster, ceil_div(rows, height) - band * case.raster)
+        in_band = in_group - band * case.raster * columns
+        m = (band * case.raster + in_band % band_rows) * cluster_m + (rank if cluster_m > 1 else 0)
+        n = in_band // band_rows * cluster_n + (rank if cluster_n > 1 else 0)
+        row = start + m * tile_m
+        tile = Tile(group, row, n * tile_n, rows - m * tile_m)
+        if case.kind != native.CONTIGUOUS:
+            yield tile
+        elif (found := find_segment(case, tile, rank)) is not None:
+            yield found
+
+
+def find_segment(case: Case, tile: Tile, rank: int) -> Tile | None:
+    """Contiguous: the group of a tile and its rows; None if neither CTA of the cluster has work."""
+    tile_m, _, cluster_m, _ = case.tile
+
+    def group_of(row: int) -> int:
+        group = case.layout[row] if row < case.m else -1
+        return group if group < case.groups else -1
+
+    group, alone = group_of(tile.row), 0
+    if cluster_m > 1:
+        other = group_of(tile.row - tile_m if rank else tile.row + tile_m)
+        alone = int(group >= 0 and other >= 0 and group != other)
+        if group < 0 <= other:
+            return tile._replace(group=other, rows=0)
+    if group < 0:
+        return None
+    rows = case.layout[tile.row : tile.row + min(max(tile.rows, 0), tile_m)].count(group)
+    return tile._replace(group=group, rows=rows, alone=alone)
+
+
+PTX = """
+#pragma once
+#include <ucontext.h>
+#define __device__
+struct Dim { int x; };
+extern Dim threadIdx, blockIdx, gridDim;
+int exchange(int value, int (*pick)(const int* values, int lane, int argument), int argument);
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int __shfl_sync(unsigned, int value, int lane) {
+    return exchange(value, [](const int* values, int, int from) { return values[from]; }, lane);
+}
+inline int __shfl_up_sync(unsigned, int value, int step) {
+    return exchange(value, [](const int* values, int lane, int by) { return values[lane - (lane < by ? 0 : by)]; },
+                    step);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    return exchange(vote, [](const int* values, int, int) {
+        unsigned all = 0;
+        for (int i = 0; i < 32; ++i) all |= unsigned(values[i]) << i;
+        return int(all);
+    }, 0);
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline int cluster_rank() { return blockIdx.x % (CLUSTER_M * CLUSTER_N); }
+"""
+HARNESS = """
+// A warp on the host: 32 contexts that take turns at each exchange.
+#include "scheduler.cuh"
+#include <vector>
+Dim threadIdx, blockIdx, gridDim;
+namespace {
+ucontext_t lanes[32], home;
+std::vector<char> stacks(32 << 16);
+int values[2][32], turns[32];
+fp8gemm::GemmParams params;
+int *out, capacity, count, disagreements;
+
+void go_to(int lane) { threadIdx.x = 64 + lane; }     // a lane of the third warp
+void body() {
+    const int lane = threadIdx.x % 32;
+    fp8gemm::Scheduler tiles(params);
+    int seen = 0;
+    for (fp8gemm::Tile tile; seen < capacity && tiles.next(tile); ++seen) {
+        const int fields[] = {tile.group, tile.row, tile.column, tile.rows, tile.alone};
+        for (int i = 0; i < 5; ++i) {
+            if (lane == 0) out[seen * 5 + i] = fields[i];
+            disagreements += out[seen * 5 + i] != fields[i];
+        }
+    }
+    if (lane == 0) count = seen;
+    disagreements += count != seen;
+    if (lane < 31) go_to(lane + 1), setcontext(&lanes[lane + 1]);
+    setcontext(&home);
+}
+}  // namespace
+int exchange(int value, int (*pick)(const int*, int, int), int argument) {
+    const int lane = threadIdx.x % 32, turn = turns[lane]++ % 2, next = (lane + 1) % 32;
+    values[turn][lane] = value;
+    go_to(next);
+    swapcontext(&lanes[lane], &lanes[next]);
+    return pick(values[turn], lane, argument);
+}
+extern "C" int run(int m, int n, int groups, const int* layout, int raster, int grid, int block, int* to, int most) {
+    params.m = m, params.n = n, params.groups = groups, params.layout = layout, params.raster = raster;
+    gridDim.x = grid, blockIdx.x = block, out = to, capacity = most, count = disagreements = 0;
+    for (int i = 0; i < 32; ++i) {
+        turns[i] = 0;
+        getcontext(&lanes[i]);
+        lanes[i].uc_stack.ss_sp = &stacks[i << 16], lanes[i].uc_stack.ss_size = 1 << 16;
+        makecontext(&lanes[i], body, 0);
+    }
+    go_to(0);
+    swapcontext(&home, &lanes[0]);
+    return disagreements ? -1 : count;
+}
+"""
+SCHEDULERS = [
+    (native.DENSE, (64, 16, 1, 1)),
+    (native.DENSE, (128, 128, 2, 1)),
+    (native.DENSE, (256, 112, 1, 2)),
+    (native.CONTIGUOUS, (64, 64, 1, 1)),
+    (native.CONTIGUOUS, (128, 160, 1, 2)),
+    (native.CONTIGUOUS, (128, 112, 2, 1)),
+    (native.CONTIGUOUS, (64, 32, 2, 1)),
+    (native.RAGGED, (64, 16, 1, 1)),
+    (native.RAGGED, (128, 192, 2, 1)),
+    (native.RAGGED, (256, 128, 1, 2)),
+    (native.MASKED, (64, 64, 1, 1)),
+    (native.MASKED, (256, 128, 2, 1)),
+    (native.MASKED, (128, 96, 1, 2)),
+]
+Walk = Callable[[Case, int], list[Tile]]
+
+
+@pytest.fixture(scope="module")
+def device_code(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    """scheduler.cuh itself, compiled by g++ for a warp on the host."""
+    folder = tmp_path_factory.mktemp("scheduler")
+    for name in ("scheduler.cuh", "plan.cuh", "params.h"):
+        (folder / name).write_text((KERNELS / name).read_text())
+    (folder / "ptx.cuh").write_text(PTX)
+    (folder / "harness.cpp").write_text(HARNESS)
+
+    def compile(kind: int, tile: tuple[int, int, int, int]) -> Any:
+        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES")
+        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2), strict=True)]
+        library = folder / f"{kind}_{'_'.join(map(str, tile))}.so"
+        flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", *macros, "-o", str(library)]
+        subprocess.run(["g++", "harness.cpp", *flags], cwd=folder, check=True)
+        return ctypes.CDLL(str(library)).run
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        built = list(pool.map(lambda key: compile(*key), SCHEDULERS))
+    functions = dict(zip(SCHEDULERS, built, strict=True))
+
+    def run(case: Case, block: int) -> list[Tile]:
+        layout = (ctypes.c_int * max(len(case.layout), 1))(*case.layout)
+        most = 4096
+        out = (ctypes.c_int * (5 * most))()
+        sizes = case.m, case.n, case.groups
+        count = functions[case.kind, case.tile](*sizes, layout, case.raster, case.grid, block, out, most)
+        assert 0 <= count < most, "the lanes of a warp disagree, or there is no end"
+        return [Tile(*out[5 * i : 5 * i + 5]) for i in range(count)]
+
+    return run
+
+
+@st.composite
+def cases(draw: st.DrawFn, nonsense: bool = False) -> Case:
+    kind, tile = draw(st.sampled_from(SCHEDULERS))
+    size = st.one_of(st.just(0), st.just(1), st.sampled_from([64, 128, 256, 257]), st.integers(0, 700))
+    sizes = draw(st.lists(size, min_size=1, max_size=draw(st.sampled_from([1, 5, 33, 70]))))
+    if sum(sizes) > 6000:
+        sizes = [size % 90 for size in sizes]
+    groups, spare = len(sizes), draw(st.integers(0, 200))
+    m = {native.MASKED: max(sizes) + spare, native.CONTIGUOUS: segments(sizes)[1]}.get(kind, sum(sizes) + spare)
+    layout: Array = {
+        native.CONTIGUOUS: m_indices_of(sizes),
+        native.RAGGED: np.cumsum(sizes),
+        native.MASKED: np.array(sizes),
+    }.get(kind, np.zeros(0, int))
+    if nonsense:
+        wrong = st.sampled_from([-(2**31), -1, 0, 1, groups - 1, groups, m - 1, m, m + 1, 2**31 - 1])
+        layout = np.array([draw(wrong) for _ in range(len(layout))], int)
+    n = draw(st.one_of(st.integers(1, 40), st.integers(1, 900)))
+    cluster = tile[2] * tile[3]
+    grid = draw(st.one_of(st.integers(1, 9), st.integers(1, 132))) * cluster
+    return Case(kind, tile, m, n, groups, tuple(layout.tolist()), draw(st.integers(1, 20)), grid)
+
+
+def check_case(case: Case, device_code: Walk, nonsense: bool) -> None:
+    planes = case.groups if case.kind == native.MASKED else 1
+    covered = np.zeros((planes, case.m, case.n), np.int32)
+    weights = np.full((planes, case.m), -1)
+    tile_m, tile_n, cluster_m, cluster_n = case.tile
+    cluster = cluster_m * cluster_n
+    walks = []
+    for block in range(case.grid):
+        tiles = list(walk(case, block))
+        if block < 8 or block >= case.grid - 2:
+            assert device_code(case, block) == tiles
+        walks.append(tiles)
+        for tile in tiles:
+            assert 0 <= tile.group < case.groups
+            rows = min(tile.rows, tile_m)
+            if rows <= 0 or tile.column >= case.n:
+                continue  # the other half of a cluster's last tile
+            assert tile.row >= 0
+            assert tile.row + rows <= case.m
+            plane = tile.group if case.kind == native.MASKED else 0
+            own = slice(tile.row, tile.row + rows)
+            covered[plane, own, tile.column : tile.column + tile_n] += 1
+            weights[plane, own] = tile.group
+    for first in range(0, case.grid, cluster):
+        members = walks[first : first + cluster]
+        assert len({len(tiles) for tiles in members}) == 1, "CTAs of one cluster part: they would wait for ever"
+        for step in zip(*members, strict=True):
+            assert len({tile.alone for tile in step}) == 1
+            assert step[0].alone or len({tile.group for tile in step}) == 1, "the weights they share are not the same"
+    if nonsense:
+        return
+    expected = np.full((planes, case.m), -1)
+    for group in range(case.groups):
+        if case.kind == native.MASKED:
+            expected[group, : case.layout[group]] = group
+        elif case.kind == native.RAGGED:
+            expected[0, case.layout[group - 1] if group else 0 : case.layout[group]] = group
+    if case.kind == native.DENSE:
+        expected[:] = 0
+    elif case.kind == native.CONTIGUOUS:
+        expected[0] = case.layout
+    np.testing.assert_array_equal(weights, expected)
+    np.testing.assert_array_equal(covered, np.broadcast_to((expected >= 0)[..., None], covered.shape))
+
+
+@settings(max_examples=150)
+@given(case=cases())
+def test_scheduler_covers_everything_once(device_code: Walk, case: Case) -> None:
+    if case.kind == native.DENSE:
+        case = case._replace(groups=1)
+    check_case(case, device_code, nonsense=False)
+
+
+@settings(max_examples=80)
+@given(case=cases(nonsense=True).filter(lambda case: case.kind != native.DENSE))
+def test_scheduler_stays_inside_whatever_the_groups_say(device_code: Walk, case: Case) -> None:
+    check_case(case, device_code, nonsense=True)
+
+
+def test_scheduler_walks_bands(device_code: Walk) -> None:
+    """Down each column of a band of `raster` rows, then the next column."""
+    case = Case(native.DENSE, (64, 16, 1, 1), 5 * 64, 3 * 16, 1, (), raster=2, grid=1)
+    order = [(tile.row // 64, tile.column // 16) for tile in device_code(case, 0)]
+    bands = [[(row, column) for column in range(3) for row in rows] for rows in ((0, 1), (2, 3), (4,))]
+    assert order == functools.reduce(list.__add__, bands)
