@@ -219,7 +219,7 @@ class Tensor:
     """Memory of ours that every DLPack consumer imports without a copy: `torch.from_dlpack(t)`, `jnp.from_dlpack(t)`.
 
     `numpy()` views a CPU tensor (bf16 as uint16, e4m3 as uint8 bits). The memory lives as long as this object or
-    anything imported from it; on CUDA it is allocated and freed in the order of the stream that the call used.
+    anything imported from it. On CUDA, work on a stream other than the default one must be done with it by then.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Tensor:
         strides: tuple[int, ...] | None = None,
     ) -> None:
         """`strides` in elements; row-major by default."""
-        self.shape, self.dtype, self.device, self.stream = shape, dtype, device, stream
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.strides = strides or _row_major(shape)
         view = native.Tensor(device_type=device[0], device_id=device[1], ndim=len(shape))
         view.dtype_code, view.dtype_bits, view.dtype_lanes = dtype.code, dtype.bits, 1
@@ -249,6 +249,11 @@ class Tensor:
         where = "cpu" if self.device[0] == native.CPU else f"cuda:{self.device[1]}"
         return f"fp8gemm.Tensor(shape={self.shape}, dtype={self.dtype.name}, device={where!r})"
 
+    def written(self, stream: int | None) -> None:
+        """Says that the work which fills it has been given to `stream`."""
+        if stream is not None:
+            native.library().buffer_written(self._buffer, stream)
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device
 
@@ -264,7 +269,7 @@ class Tensor:
         if copy or (dl_device is not None and tuple(dl_device) != self.device):
             raise BufferError("fp8gemm.Tensor exports its own memory only: no copy, no other device")
         if self.device[0] == native.CUDA and stream != -1:
-            native.library().stream_wait(self.device[1], stream or LEGACY_STREAM, self.stream)
+            native.library().buffer_await(self._buffer, stream or LEGACY_STREAM)
         versioned = max_version is not None and max_version >= (1, 0)
         managed = native.library().buffer_export(self._buffer, ctypes.byref(self.view), versioned)
         if not managed:

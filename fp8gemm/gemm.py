@@ -142,6 +142,8 @@ def _call(
     else:
         backends.cuda_gemm(operands, found, planner.cuda_plan(found, expected_m), handle)
         hold(tensors.values(), found.device_id, handle)
+        if isinstance(d, Tensor):
+            d.written(handle)
     return d
 
 

@@ -51,4 +51,5 @@ def get_col_major_tma_aligned_tensor(x: Any, *, stream: Any = None) -> Tensor:
     else:
         backends.cuda_copy(view, copy.view, handle)
         hold([source], view.device_id, handle)
+        copy.written(handle)
     return copy

@@ -118,6 +118,8 @@ _P, _S = POINTER, c_void_p  # _S: a CUstream
 _SIGNATURES: dict[str, list[Any]] = {
     "read_dlpack": [c_void_p, c_int, c_char_p, _P(Tensor)],
     "buffer_new": [c_int, c_int, c_size_t, _S, _P(c_void_p)],
+    "buffer_written": [c_void_p, _S],
+    "buffer_await": [c_void_p, _S],
     "describe": [_P(Operands), _P(Problem)],
     "driver_version": [_P(c_int)],
     "device_count": [_P(c_int)],

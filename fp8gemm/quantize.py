@@ -68,6 +68,9 @@ def _cast(per_block: bool, x: Any, out: tuple[Any, Any] | None, stream: Any) -> 
     else:
         backends.cuda_cast(per_block, input_type, view, q, s, handle)
         hold(tensors.values(), view.device_id, handle)
+        for tensor in out:
+            if isinstance(tensor, Tensor):
+                tensor.written(handle)
     return out
 
 

@@ -185,6 +185,13 @@ def instructions(sass: str) -> dict[str, int]:
     return counts
 
 
+def wgmma_loop(sass: str) -> str:
+    """The instructions from shortly before the first wgmma to the last: the loop over K, but for its end."""
+    lines = [line for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
+    wgmmas = [i for i, line in enumerate(lines) if "QGMMA" in line]
+    return "\n".join(lines[wgmmas[0] - 20 : wgmmas[-1]])
+
+
 def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     """e4m3 on the tensor cores, tensors by TMA, and no local memory, in a kernel of each kind and shape of cluster."""
     wanted: dict[tuple[object, ...], Kernel] = {}
@@ -207,6 +214,7 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             assert found["QGMMA"] % (4 * waves) == 0  # four a scale block and wave
             assert {"UTMALDG", "UTMASTG", "SYNCS"} <= set(found)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
+            assert "R2UR" not in wgmma_loop(sass), f"{kernel} moves its descriptors to uniform registers"
         else:
             assert "QGMMA" not in found
 

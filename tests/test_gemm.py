@@ -361,6 +361,7 @@ NONSENSE: list[tuple[str, list[int], str]] = [
     ("group_ends", [-1, 5, 9], "-1 at 0; allowed are 0 to 256"),
     ("group_ends", [1, 5, 257], "257 at 2; allowed are 0 to 256"),
     ("group_ends", [5, 4, 9], "4 at 1 after 5; ends must not decrease"),
+    ("group_ends", [1, 9, 5], "5 at 2 after 9; ends must not decrease"),
     ("masked_m", [0, -1, 0], "-1 at 1; allowed are 0 to 256"),
     ("masked_m", [0, 0, 257], "257 at 2; allowed are 0 to 256"),
     ("masked_m", [-(2**31), 0, 0], "-2147483648 at 0; allowed are 0 to 256"),

@@ -162,7 +162,7 @@ def test_more_rows_take_longer(n: int, k: int) -> None:
         for m in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     ]
     for before, after in itertools.pairwise(times):
-        assert 0.98 * before < after < 4.1 * before
+        assert 0.95 * before < after < 4.1 * before
 
 
 def test_fewer_sms_are_not_faster() -> None:
@@ -505,6 +505,23 @@ def test_scheduler_covers_everything_once(device_code: Walk, case: Case) -> None
 @given(case=cases(nonsense=True).filter(lambda case: case.kind != native.DENSE))
 def test_scheduler_stays_inside_whatever_the_groups_say(device_code: Walk, case: Case) -> None:
     check_case(case, device_code, nonsense=True)
+
+
+@pytest.mark.parametrize("groups", [31, 32, 33, 64, 65, 97])
+@pytest.mark.parametrize(("kind", "tile"), [key for key in SCHEDULERS if key[0] in (native.RAGGED, native.MASKED)])
+def test_scheduler_finds_groups_past_a_warp(
+    device_code: Walk, kind: int, tile: tuple[int, int, int, int], groups: int
+) -> None:
+    """A warp looks at 32 groups at a time: the last of a window, the first of the next, windows of empty groups."""
+    for sizes in (
+        [1] * groups,
+        [0] * (groups - 1) + [300],
+        [200 * (group % 32 in (0, 31)) for group in range(groups)],
+        [3] * (groups - 1) + [0],
+    ):
+        m = sum(sizes) if kind == native.RAGGED else max(sizes)
+        layout = itertools.accumulate(sizes) if kind == native.RAGGED else sizes
+        check_case(Case(kind, tile, m, 40, groups, tuple(layout), 2, 6), device_code, nonsense=False)
 
 
 def test_scheduler_walks_bands(device_code: Walk) -> None:

@@ -12,6 +12,8 @@
 
 using namespace fp8gemm;
 
+static const CUstream kDefaultStream = reinterpret_cast<CUstream>(1);       // CU_STREAM_LEGACY
+
 namespace {
 
 int read(const dlpack::Tensor& from, bool read_only, const char* argument, fp8gemm_tensor* to) {
@@ -82,30 +84,100 @@ int fp8gemm_exchange_stream(const void* api, int device_type, int device_id, voi
 struct fp8gemm_buffer {
     std::atomic<int> references{1};
     int device_type, device_id;
-    void *data, *stream;
+    void* data = nullptr;
+    CUevent written = nullptr;                   // passes once the work that fills the memory is done
+    std::atomic<bool> read_by_default_stream{false};
 };
 
-int fp8gemm_buffer_new(int device_type, int device_id, size_t bytes, void* stream, fp8gemm_buffer** out) {
-    void* data = nullptr;
-    if (device_type == dlpack::kCPU) {
-        data = aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
-        if (!data) return fail(FP8GEMM_ARGUMENT, "d", "no memory for %zu bytes", bytes);
-    } else {
-        FP8GEMM_TRY(allocate(device_id, bytes ? bytes : 1, stream, &data));
+namespace {
+
+// CUDA memory, there for `stream` to write.
+int allocate(fp8gemm_buffer& buffer, size_t bytes, CUstream stream) {
+    const Driver* cu;
+    ContextScope scope;
+    FP8GEMM_TRY(scope.enter(buffer.device_id, &cu));
+    int capturing = 0;
+    FP8GEMM_CU(*cu, cuStreamIsCapturing, stream, &capturing);
+    if (capturing) return fail(FP8GEMM_NOT_PREPARED, "d", "d=None allocates, which a stream capture can't; pass d");
+    CUstream own;
+    FP8GEMM_TRY(own_stream(*cu, buffer.device_id, &own));
+    FP8GEMM_CU(*cu, cuEventCreate, &buffer.written, kDisableTiming);
+    CUdeviceptr pointer;
+    FP8GEMM_CU(*cu, cuMemAllocAsync, &pointer, bytes ? bytes : 1, own);
+    buffer.data = reinterpret_cast<void*>(pointer);
+    FP8GEMM_CU(*cu, cuEventRecord, buffer.written, own);         // for now: the memory is there
+    FP8GEMM_CU(*cu, cuStreamWaitEvent, stream, buffer.written, 0);
+    return FP8GEMM_OK;
+}
+
+// After the work that filled it and, if that stream read it, what the default stream has been given so far. Readers on
+// other streams keep the tensor until they are done. Failures (the process is exiting) leave the memory to the driver.
+void deallocate(fp8gemm_buffer& buffer) {
+    enum { kRelaxed = 2 };
+    const Driver* cu;
+    ContextScope scope;
+    CUstream own;
+    if (scope.enter(buffer.device_id, &cu) || own_stream(*cu, buffer.device_id, &own)) return;
+    int mode = kRelaxed;                         // another thread may be capturing
+    cu->cuThreadExchangeStreamCaptureMode(&mode);
+    if (buffer.data) {
+        cu->cuStreamWaitEvent(own, buffer.written, 0);
+        if (buffer.read_by_default_stream && !cu->cuEventRecord(buffer.written, kDefaultStream))
+            cu->cuStreamWaitEvent(own, buffer.written, 0);
+        cu->cuMemFreeAsync(reinterpret_cast<CUdeviceptr>(buffer.data), own);
     }
+    if (buffer.written) cu->cuEventDestroy_v2(buffer.written);
+    cu->cuThreadExchangeStreamCaptureMode(&mode);
+}
+
+}  // namespace
+
+int fp8gemm_buffer_new(int device_type, int device_id, size_t bytes, void* stream, fp8gemm_buffer** out) {
     auto* buffer = new (std::nothrow) fp8gemm_buffer;
     if (!buffer) return fail(FP8GEMM_ARGUMENT, "d", "no host memory");
-    buffer->device_type = device_type, buffer->device_id = device_id, buffer->data = data, buffer->stream = stream;
-    *out = buffer;
-    return FP8GEMM_OK;
+    buffer->device_type = device_type, buffer->device_id = device_id;
+    int status = FP8GEMM_OK;
+    if (device_type == dlpack::kCUDA) {
+        status = allocate(*buffer, bytes, static_cast<CUstream>(stream));
+    } else {
+        buffer->data = aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
+        if (!buffer->data) status = fail(FP8GEMM_ARGUMENT, "d", "no memory for %zu bytes", bytes);
+    }
+    if (status) fp8gemm_buffer_release(buffer);
+    else *out = buffer;
+    return status;
 }
 
 void* fp8gemm_buffer_data(const fp8gemm_buffer* buffer) { return buffer->data; }
 
+// In a capture both say nothing: an event must not cross its border, and the graph's owner orders its replays.
+int fp8gemm_buffer_written(fp8gemm_buffer* buffer, void* stream) {
+    const Driver* cu;
+    ContextScope scope;
+    int capturing = 0;
+    FP8GEMM_TRY(scope.enter(buffer->device_id, &cu));
+    FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
+    if (capturing) return FP8GEMM_OK;
+    FP8GEMM_CU(*cu, cuEventRecord, buffer->written, static_cast<CUstream>(stream));
+    return FP8GEMM_OK;
+}
+
+int fp8gemm_buffer_await(fp8gemm_buffer* buffer, void* stream) {
+    const Driver* cu;
+    ContextScope scope;
+    FP8GEMM_TRY(scope.enter(buffer->device_id, &cu));
+    int capturing = 0;
+    FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
+    if (capturing) return FP8GEMM_OK;
+    if (static_cast<CUstream>(stream) == kDefaultStream) buffer->read_by_default_stream = true;
+    FP8GEMM_CU(*cu, cuStreamWaitEvent, static_cast<CUstream>(stream), buffer->written, 0);
+    return FP8GEMM_OK;
+}
+
 void fp8gemm_buffer_release(fp8gemm_buffer* buffer) {
     if (buffer->references.fetch_sub(1) != 1) return;
-    if (buffer->device_type == dlpack::kCPU) free(buffer->data);
-    else deallocate(buffer->device_id, buffer->data, buffer->stream);
+    if (buffer->device_type == dlpack::kCUDA) deallocate(*buffer);
+    else free(buffer->data);
     delete buffer;
 }
 

@@ -13,12 +13,12 @@ namespace fp8gemm {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int kDeinitialized = 4;                // CUDA_ERROR_DEINITIALIZED: the process is exiting
 
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 Driver driver_calls;
 std::atomic<const Driver*> opened{nullptr};
 std::atomic<CUcontext> contexts[kMaxDevices];
+std::atomic<CUstream> own_streams[kMaxDevices];
 std::atomic<bool> forked{false};
 
 struct Lock {
@@ -103,26 +103,16 @@ ContextScope::~ContextScope() {
     if (driver_) driver_->cuCtxPopCurrent_v2(&popped);
 }
 
-int allocate(int device_id, size_t bytes, void* stream, void** data) {
-    const Driver* cu;
-    ContextScope scope;
-    FP8GEMM_TRY(scope.enter(device_id, &cu));
-    int capturing = 0;
-    FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
-    if (capturing) return fail(FP8GEMM_NOT_PREPARED, "d", "d=None allocates, which a stream capture can't; pass d");
-    CUdeviceptr pointer;
-    FP8GEMM_CU(*cu, cuMemAllocAsync, &pointer, bytes, static_cast<CUstream>(stream));
-    *data = reinterpret_cast<void*>(pointer);
+int own_stream(const Driver& cu, int device_id, CUstream* stream) {
+    constexpr unsigned kNonBlocking = 1;
+    *stream = own_streams[device_id].load(std::memory_order_acquire);
+    if (*stream) return FP8GEMM_OK;
+    Lock lock;
+    *stream = own_streams[device_id].load(std::memory_order_relaxed);
+    if (*stream) return FP8GEMM_OK;
+    FP8GEMM_CU(cu, cuStreamCreate, stream, kNonBlocking);        // for the life of the process
+    own_streams[device_id].store(*stream, std::memory_order_release);
     return FP8GEMM_OK;
-}
-
-void deallocate(int device_id, void* data, void* stream) {
-    const Driver* cu;
-    ContextScope scope;
-    if (scope.enter(device_id, &cu)) return;
-    const CUdeviceptr pointer = reinterpret_cast<CUdeviceptr>(data);
-    const CUresult result = cu->cuMemFreeAsync(pointer, static_cast<CUstream>(stream));
-    if (result && result != kDeinitialized) cu->cuMemFree_v2(pointer);       // its stream is gone: the waiting kind
 }
 
 }  // namespace fp8gemm
@@ -163,7 +153,6 @@ int fp8gemm_stream_wait(int device_id, void* stream, void* other) {
     const Driver* cu;
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(device_id, &cu));
-    constexpr unsigned kDisableTiming = 2;
     CUevent event;
     FP8GEMM_CU(*cu, cuEventCreate, &event, kDisableTiming);
     CUresult result = cu->cuEventRecord(event, static_cast<CUstream>(other));
@@ -185,7 +174,7 @@ int fp8gemm_event_record(int device_id, void* stream, void** event) {
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(device_id, &cu));
     CUevent created;
-    FP8GEMM_CU(*cu, cuEventCreate, &created, 2);
+    FP8GEMM_CU(*cu, cuEventCreate, &created, kDisableTiming);
     if (CUresult result = cu->cuEventRecord(created, static_cast<CUstream>(stream))) {
         cu->cuEventDestroy_v2(created);
         return driver_failure(*cu, result, "cuEventRecord");

@@ -53,6 +53,7 @@ struct CUlaunchConfig {
     X(cuMemFree_v2, CUdeviceptr)                                                                                       \
     X(cuMemcpyDtoH_v2, void*, CUdeviceptr, size_t)                                                                     \
     X(cuStreamSynchronize, CUstream)                                                                                   \
+    X(cuStreamCreate, CUstream*, unsigned)                                                                             \
     X(cuStreamIsCapturing, CUstream, int*)                                                                             \
     X(cuStreamWaitEvent, CUstream, CUevent, unsigned)                                                                  \
     X(cuThreadExchangeStreamCaptureMode, int*)                                                                         \
@@ -90,8 +91,9 @@ private:
     const Driver* driver_ = nullptr;             // set while a context is pushed
 };
 
-// Stream-ordered memory. deallocate never fails: what can't be freed any more (process exit) is left to the driver.
-int allocate(int device_id, size_t bytes, void* stream, void** data);
-void deallocate(int device_id, void* data, void* stream);
+// Memory is allocated and freed on a stream of ours, ordered with others by events: a caller's stream may be destroyed
+// before what was made on it, and the driver crashes on a stream that is gone.
+int own_stream(const Driver& driver, int device_id, CUstream* stream);
+constexpr unsigned kDisableTiming = 2;           // CUevent_flags
 
 }  // namespace fp8gemm

@@ -90,9 +90,13 @@ FP8GEMM_API int fp8gemm_read_dlpack(const void *managed, int versioned, const ch
 FP8GEMM_API int fp8gemm_read_exchange(const void *api, void *py_object, const char *argument, fp8gemm_tensor *tensor);
 FP8GEMM_API int fp8gemm_exchange_stream(const void *api, int device_type, int device_id, void **stream);
 
-/* Memory for d=None, exported with its own reference; the last reference frees it in the order of `stream`. */
+/* Memory for d=None, exported with a reference of its own. `stream` may write it, then says so with `written`; others
+ * `await` that before they read. No stream is used after the call that names it. The last reference frees the memory once
+ * it is written and the default stream, if that awaited it, is done with it. */
 FP8GEMM_API int fp8gemm_buffer_new(int device_type, int device_id, size_t bytes, void *stream, fp8gemm_buffer **buffer);
 FP8GEMM_API void *fp8gemm_buffer_data(const fp8gemm_buffer *buffer);
+FP8GEMM_API int fp8gemm_buffer_written(fp8gemm_buffer *buffer, void *stream);
+FP8GEMM_API int fp8gemm_buffer_await(fp8gemm_buffer *buffer, void *stream);
 FP8GEMM_API void fp8gemm_buffer_release(fp8gemm_buffer *buffer);
 FP8GEMM_API void *fp8gemm_buffer_export(fp8gemm_buffer *buffer, const fp8gemm_tensor *tensor, int versioned);
 FP8GEMM_API void fp8gemm_dlpack_delete(void *managed, int versioned);
