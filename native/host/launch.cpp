@@ -130,7 +130,7 @@ int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operand
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     GemmParams params = make_params(*o, *p);
     const int groups = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED ? p->groups : 1;
-    return launch(*cu, kernel->function, ceil_div(p->n, 64), ceil_div(p->m, 64), groups, 256, 0, 1, stream, &params);
+    return launch(*cu, kernel->function, ceil_div(p->m, 64), ceil_div(p->n, 64), groups, 256, 0, 1, stream, &params);
 }
 
 int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8gemm_tensor* x, const fp8gemm_tensor* q,

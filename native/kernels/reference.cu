@@ -1,7 +1,7 @@
 // The GEMM again, plainly: FP32 FMAs from shared-memory tiles, no tensor core, no TMA, any stride and alignment.
 //
 // What gemm.cu is checked against on the GPU (tests, tuner), and the slow path for strides that TMA can't take.
-// Grid: (64-column tiles, 64-row tiles, groups). A thread computes 4 x 4 elements.
+// Grid: (64-row tiles, 64-column tiles, groups). A thread computes 4 x 4 elements.
 #include "params.h"
 #include "ptx.cuh"
 #include "e4m3.cuh"
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) fp8gemm_reference(const _
         rows = clamped(p.layout[group], p.m) - start;
     }
     if (KIND == kMasked) rows = clamped(p.layout[group], p.m);
-    const int m0 = blockIdx.y * kTile, n0 = blockIdx.x * kTile;
+    const int m0 = blockIdx.x * kTile, n0 = blockIdx.y * kTile;
     if (m0 >= rows) return;
     if (KIND == kContiguous) group = p.layout[m0];
     if (group < 0 || group >= p.groups) return;
