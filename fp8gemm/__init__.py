@@ -5,6 +5,7 @@ from .dlpack import Tensor
 from .errors import (
     BackendUnavailable,
     CompileError,
+    CompilerNotFound,
     DeviceError,
     DriverError,
     DTypeError,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "CompileError",
+    "CompilerNotFound",
     "DTypeError",
     "DeviceError",
     "DriverError",

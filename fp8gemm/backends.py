@@ -6,7 +6,7 @@ import threading
 from typing import NamedTuple
 
 from . import compiler, device, native
-from .errors import BackendUnavailable, CompileError
+from .errors import BackendUnavailable, CompilerNotFound
 from .plan import Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
 
 _kernels: dict[tuple[int, Kernel], ctypes.c_void_p] = {}
@@ -26,9 +26,7 @@ def loaded(device_id: int, kernel: Kernel, stream: int | None, shared_bytes: int
             device.require_hopper(device_id)
             try:
                 cubin = compiler.cubin(kernel)
-            except CompileError as error:
-                if "NVRTC cannot be loaded" not in str(error):
-                    raise
+            except CompilerNotFound as error:
                 raise BackendUnavailable(f"cuda:{device_id}: {error}") from error
             _check_driver()
             handle = ctypes.c_void_p()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import cache
-from .errors import CompileError, Fp8GemmError
+from .errors import CompileError, CompilerNotFound, Fp8GemmError
 from .plan import Kernel
 
 _OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
@@ -64,7 +64,7 @@ def sources() -> dict[str, str]:
 
 @functools.cache
 def compiler() -> Compiler:
-    """The compiler that this process uses. Raises CompileError if there is none."""
+    """The compiler that this process uses. Raises CompilerNotFound if there is none."""
     chosen = os.environ.get("FP8GEMM_COMPILER", "nvrtc")
     return _find_nvrtc() if chosen == "nvrtc" else _find_nvcc(chosen)
 
@@ -90,7 +90,9 @@ def _find_nvrtc() -> Compiler:
         loaded = load_nvidia_dynamic_lib("nvrtc")
         _, major, minor = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
-        raise CompileError(f"NVRTC cannot be loaded ({error}); `pip install nvidia-cuda-nvrtc` brings it") from error
+        raise CompilerNotFound(
+            f"NVRTC cannot be loaded ({error}); `pip install nvidia-cuda-nvrtc` brings it"
+        ) from error
     return Compiler("nvrtc", f"{major}.{minor}", str(loaded.abs_path))
 
 
@@ -112,10 +114,12 @@ def _find_nvcc(path: str) -> Compiler:
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise CompileError(f"FP8GEMM_COMPILER is {path!r}, which is neither 'nvrtc' nor an nvcc: {error}") from error
+        raise CompilerNotFound(
+            f"FP8GEMM_COMPILER is {path!r}, which is neither 'nvrtc' nor an nvcc: {error}"
+        ) from error
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     if not found:
-        raise CompileError(f"{path} --version names no version", text)
+        raise CompilerNotFound(f"{path} --version names no version", text)
     return Compiler("nvcc", found[1], path)
 
 

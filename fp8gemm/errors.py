@@ -8,6 +8,7 @@ Fp8GemmError
 │   └── DeviceError                 operands on different or unsupported devices
 ├── BackendUnavailable (RuntimeError)   no Hopper GPU, driver or compiler for CUDA tensors
 ├── CompileError (RuntimeError)     NVRTC or nvcc failed; carries the log
+│   └── CompilerNotFound            there is no compiler
 ├── DriverError (RuntimeError)      a CUDA driver call failed
 ├── NotPrepared (RuntimeError)      a call would have to compile, load or allocate where it must not
 └── PlanError (ValueError)          an illegal plan
@@ -52,6 +53,10 @@ class CompileError(Fp8GemmError, RuntimeError):
     def __init__(self, problem: str, log: str = "") -> None:
         super().__init__(f"{problem}\n{log}".rstrip())
         self.log = log
+
+
+class CompilerNotFound(CompileError):
+    """Neither NVRTC nor the nvcc that FP8GEMM_COMPILER names can be used."""
 
 
 class DriverError(Fp8GemmError, RuntimeError):
