@@ -3,6 +3,7 @@
 import ctypes
 import os
 import threading
+import time
 from typing import NamedTuple
 
 from . import compiler, device, native
@@ -31,9 +32,11 @@ def loaded(device_id: int, kernel: Kernel, stream: int | None, shared_bytes: int
             _check_driver()
             handle = ctypes.c_void_p()
             function = kernel.function.encode()
+            started = time.perf_counter()
             native.library().kernel_load(
                 device_id, cubin, len(cubin), function, shared_bytes, stream, ctypes.byref(handle)
             )
+            compiler.debug(kernel, f"loaded on cuda:{device_id} in {1e3 * (time.perf_counter() - started):.1f} ms")
             _kernels[device_id, kernel] = handle
         return _kernels[device_id, kernel]
 
