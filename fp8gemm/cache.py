@@ -7,7 +7,6 @@ costs one warning, and everything is compiled afresh.
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import os
 import tempfile
@@ -28,7 +27,6 @@ def directory() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("fp8gemm"))
 
 
-@functools.cache
 def _prepare(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)  # a cubin is code: nobody else may write here
     return path
@@ -106,5 +104,8 @@ def _write(path: Path, cubin: bytes) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by close, also when the process dies
-        yield
+        fcntl.flock(file, fcntl.LOCK_EX)  # released also when the process dies
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # at once: a fork meanwhile shares the lock, and may live on

@@ -168,12 +168,12 @@ def _build_nvrtc(kernel: Kernel, arguments: list[str]) -> tuple[bytes, str]:
     )
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [a.encode() for a in arguments])
-        log = b" " * int(str(check(nvrtc.nvrtcGetProgramLogSize(program))))
+        log = bytes(int(str(check(nvrtc.nvrtcGetProgramLogSize(program)))))
         check(nvrtc.nvrtcGetProgramLog(program, log))
         text = log.rstrip(b"\0").decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(f"{kernel} does not compile ({status!r})", text)
-        cubin = b" " * int(str(check(nvrtc.nvrtcGetCUBINSize(program))))
+        cubin = bytes(int(str(check(nvrtc.nvrtcGetCUBINSize(program)))))
         check(nvrtc.nvrtcGetCUBIN(program, cubin))
         return cubin, text
     finally:

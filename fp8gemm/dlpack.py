@@ -50,10 +50,10 @@ def current_stream(x: object, device_id: int) -> int:
         stream = ctypes.c_void_p()
         native.library().exchange_stream(api, native.CUDA, device_id, ctypes.byref(stream))
         return stream.value or LEGACY_STREAM
-    framework = type(x).__module__.partition(".")[0]
-    if framework == "torch":
+    frameworks = {base.__module__.partition(".")[0] for base in type(x).__mro__}
+    if "torch" in frameworks:
         return int(sys.modules["torch"].cuda.current_stream(device_id).cuda_stream) or LEGACY_STREAM
-    if framework == "cupy":
+    if "cupy" in frameworks:
         return int(sys.modules["cupy"].cuda.get_current_stream(device_id).ptr) or LEGACY_STREAM
     interface = getattr(x, "__cuda_array_interface__", None)
     if interface is not None and interface.get("stream"):
@@ -188,9 +188,13 @@ class Held:
                 device_id, event, owners = self._held.popleft()
             except IndexError:  # another thread took the last one
                 return
-            native.library().event_done(device_id, event, ctypes.byref(done))
+            done.value = 0  # what an error leaves behind is kept
+            try:
+                native.library().event_done(device_id, event, ctypes.byref(done))
+            finally:
+                if not done.value:
+                    self._held.appendleft((device_id, event, owners))
             if not done.value:
-                self._held.appendleft((device_id, event, owners))
                 return
 
 

@@ -141,9 +141,9 @@ def _call(
         backends.cpu_gemm(operands, found, planner.cpu_plan(found))
     else:
         backends.cuda_gemm(operands, found, planner.cuda_plan(found, expected_m), handle)
-        hold(tensors.values(), found.device_id, handle)
         if isinstance(d, Tensor):
             d.written(handle)
+        hold(tensors.values(), found.device_id, handle)
     return d
 
 

@@ -50,6 +50,6 @@ def get_col_major_tma_aligned_tensor(x: Any, *, stream: Any = None) -> Tensor:
         backends.cpu_copy(view, copy.view)
     else:
         backends.cuda_copy(view, copy.view, handle)
-        hold([source], view.device_id, handle)
         copy.written(handle)
+        hold([source], view.device_id, handle)
     return copy

@@ -67,10 +67,10 @@ def _cast(per_block: bool, x: Any, out: tuple[Any, Any] | None, stream: Any) -> 
         backends.cpu_cast(per_block, view, q, s)
     else:
         backends.cuda_cast(per_block, input_type, view, q, s, handle)
-        hold(tensors.values(), view.device_id, handle)
         for tensor in out:
             if isinstance(tensor, Tensor):
                 tensor.written(handle)
+        hold(tensors.values(), view.device_id, handle)
     return out
 
 

@@ -18,6 +18,7 @@ CALL(cuCtxGetCurrent, void** context) { *context = nullptr; return 0; }
 CALL(cuCtxPushCurrent_v2, void*) { return 0; }
 CALL(cuCtxPopCurrent_v2, void**) { return 0; }
 CALL(cuModuleLoadData, void**, const void*) { return 0; }
+CALL(cuModuleUnload, void*) { return 0; }
 CALL(cuModuleGetFunction, void**, void*, const char*) { return 0; }
 CALL(cuFuncSetAttribute, void*, int, int) { return 0; }
 CALL(cuLaunchKernelEx, const void*, void*, void**, void**) { return 0; }
@@ -32,7 +33,6 @@ CALL(cuMemFreeAsync, Pointer data, void* stream) {
     free(reinterpret_cast<void*>(data));
     return 0;
 }
-CALL(cuMemFree_v2, Pointer) { return 0; }
 CALL(cuMemcpyDtoH_v2, void*, Pointer, size_t) { return 0; }
 CALL(cuStreamSynchronize, void*) { return 0; }
 CALL(cuStreamCreate, void** stream, unsigned) { *stream = reinterpret_cast<void*>(0x77); return 0; }

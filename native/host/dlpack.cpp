@@ -111,9 +111,9 @@ int allocate(fp8gemm_buffer& buffer, size_t bytes, CUstream stream) {
 }
 
 // After the work that filled it and, if that stream read it, what the default stream has been given so far. Readers on
-// other streams keep the tensor until they are done. Failures (the process is exiting) leave the memory to the driver.
+// other streams keep the tensor until they are done. Where that order can't be had (a capture, the process' end), the
+// memory stays allocated.
 void deallocate(fp8gemm_buffer& buffer) {
-    enum { kRelaxed = 2 };
     const Driver* cu;
     ContextScope scope;
     CUstream own;
@@ -121,10 +121,12 @@ void deallocate(fp8gemm_buffer& buffer) {
     int mode = kRelaxed;                         // another thread may be capturing
     cu->cuThreadExchangeStreamCaptureMode(&mode);
     if (buffer.data) {
-        cu->cuStreamWaitEvent(own, buffer.written, 0);
-        if (buffer.read_by_default_stream && !cu->cuEventRecord(buffer.written, kDefaultStream))
-            cu->cuStreamWaitEvent(own, buffer.written, 0);
-        cu->cuMemFreeAsync(reinterpret_cast<CUdeviceptr>(buffer.data), own);
+        CUresult result = cu->cuStreamWaitEvent(own, buffer.written, 0);
+        if (!result && buffer.read_by_default_stream) {
+            result = cu->cuEventRecord(buffer.written, kDefaultStream);
+            if (!result) result = cu->cuStreamWaitEvent(own, buffer.written, 0);
+        }
+        if (!result) cu->cuMemFreeAsync(reinterpret_cast<CUdeviceptr>(buffer.data), own);
     }
     if (buffer.written) cu->cuEventDestroy_v2(buffer.written);
     cu->cuThreadExchangeStreamCaptureMode(&mode);

@@ -184,12 +184,13 @@ int fp8gemm_event_record(int device_id, void* stream, void** event) {
 }
 
 int fp8gemm_event_done(int device_id, void* event, int* done) {
-    constexpr CUresult kNotReady = 600;
     const Driver* cu;
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(device_id, &cu));
-    const CUresult result = cu->cuEventQuery(static_cast<CUevent>(event));
-    *done = result != kNotReady;
+    int mode = kRelaxed;                         // a query would break a capture that is open anywhere
+    FP8GEMM_CU(*cu, cuThreadExchangeStreamCaptureMode, &mode);
+    *done = cu->cuEventQuery(static_cast<CUevent>(event)) == 0;          // not ready and any doubt: later
+    cu->cuThreadExchangeStreamCaptureMode(&mode);
     if (*done) cu->cuEventDestroy_v2(static_cast<CUevent>(event));
     return FP8GEMM_OK;
 }

@@ -43,6 +43,7 @@ struct CUlaunchConfig {
     X(cuCtxPushCurrent_v2, CUcontext)                                                                                  \
     X(cuCtxPopCurrent_v2, CUcontext*)                                                                                  \
     X(cuModuleLoadData, CUmodule*, const void*)                                                                        \
+    X(cuModuleUnload, CUmodule)                                                                                        \
     X(cuModuleGetFunction, CUfunction*, CUmodule, const char*)                                                         \
     X(cuFuncSetAttribute, CUfunction, int, int)                                                                        \
     X(cuLaunchKernelEx, const CUlaunchConfig*, CUfunction, void**, void**)                                             \
@@ -50,7 +51,6 @@ struct CUlaunchConfig {
       const uint32_t*, int, int, int, int)                                                                             \
     X(cuMemAllocAsync, CUdeviceptr*, size_t, CUstream)                                                                 \
     X(cuMemFreeAsync, CUdeviceptr, CUstream)                                                                           \
-    X(cuMemFree_v2, CUdeviceptr)                                                                                       \
     X(cuMemcpyDtoH_v2, void*, CUdeviceptr, size_t)                                                                     \
     X(cuStreamSynchronize, CUstream)                                                                                   \
     X(cuStreamCreate, CUstream*, unsigned)                                                                             \
@@ -95,5 +95,6 @@ private:
 // before what was made on it, and the driver crashes on a stream that is gone.
 int own_stream(const Driver& driver, int device_id, CUstream* stream);
 constexpr unsigned kDisableTiming = 2;           // CUevent_flags
+constexpr int kRelaxed = 2;                      // CUstreamCaptureMode
 
 }  // namespace fp8gemm

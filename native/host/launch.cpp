@@ -74,7 +74,7 @@ int launch(const Driver& cu, CUfunction function, unsigned x, unsigned y, unsign
 
 int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* name, int shared_bytes, void* stream,
                         fp8gemm_kernel** out) {
-    enum { kMaxDynamicSharedSize = 8, kRelaxed = 2 };
+    enum { kMaxDynamicSharedSize = 8 };
     enum { kInvalidImage = 200, kNoBinaryForGpu = 209, kUnsupportedPtx = 222 };
     const Driver* cu;
     ContextScope scope;
@@ -91,6 +91,8 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     CUresult result = cu->cuModuleLoadData(&module, cubin);
     if (!result) result = cu->cuModuleGetFunction(&function, module, name);
     if (!result && shared_bytes) result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, shared_bytes);
+    auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function};
+    if (module && !kernel) cu->cuModuleUnload(module);
     cu->cuThreadExchangeStreamCaptureMode(&mode);
     if (result == kInvalidImage || result == kNoBinaryForGpu || result == kUnsupportedPtx) {
         int version = 0;
@@ -99,7 +101,6 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
                     "older than the compiler, or the GPU is not a Hopper", version / 1000, version % 1000 / 10, result);
     }
     if (result) return driver_failure(*cu, result, "loading a kernel");
-    auto* kernel = new (std::nothrow) fp8gemm_kernel{device_id, function};
     if (!kernel) return fail(FP8GEMM_ARGUMENT, "", "no host memory");
     *out = kernel;
     return FP8GEMM_OK;
@@ -161,6 +162,9 @@ int fp8gemm_copy_to_host(int device_id, void* stream, const void* from, size_t b
     const Driver* cu;
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(device_id, &cu));
+    int capturing = 0;
+    FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
+    if (capturing) return fail(FP8GEMM_NOT_PREPARED, "", "validate=True waits for the stream, which is being captured");
     FP8GEMM_CU(*cu, cuStreamSynchronize, static_cast<CUstream>(stream));
     FP8GEMM_CU(*cu, cuMemcpyDtoH_v2, to, reinterpret_cast<CUdeviceptr>(from), bytes);
     return FP8GEMM_OK;

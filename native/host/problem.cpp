@@ -86,12 +86,13 @@ int check_strides(const Tensor& t, const char* name, bool inner_contiguous, int 
 int check_output(const Tensor& d) {
     if (d.read_only) return fail(FP8GEMM_LAYOUT, "d", "read-only; it is written");
     if (is_empty(d)) return FP8GEMM_OK;
-    for (int i = 0; i + 1 < d.ndim; ++i) {
-        int64_t extent = 0;                      // of what lies inside dimension i
-        for (int j = i + 1; j < d.ndim; ++j) extent += (d.shape[j] - 1) * d.stride[j];
+    for (int i = 0; i < d.ndim; ++i) {
+        int64_t extent = 0;                      // of the dimensions with smaller strides: a step must lead over it
+        for (int j = 0; j < d.ndim; ++j)
+            if (j != i && d.stride[j] <= d.stride[i]) extent += (d.shape[j] - 1) * d.stride[j];
         if (d.shape[i] > 1 && d.stride[i] <= extent)
-            return fail(FP8GEMM_LAYOUT, "d", "stride %" PRId64 " of dimension %d makes elements overlap; the least is %" PRId64,
-                        d.stride[i], i, extent + 1);
+            return fail(FP8GEMM_LAYOUT, "d", "stride %" PRId64 " of dimension %d makes elements overlap; the least is %"
+                        PRId64, d.stride[i], i, extent + 1);
     }
     return FP8GEMM_OK;
 }
@@ -131,7 +132,7 @@ bool suits_bulk_copies(const Tensor& sa) {
     const int row = sa.ndim - 2;
     if (reinterpret_cast<uintptr_t>(sa.data) % 16 || sa.stride[row] != 1 || sa.shape[row] % 4) return false;
     for (int i = 0; i < sa.ndim; ++i)
-        if (i != row && sa.stride[i] % 4) return false;
+        if (i != row && sa.shape[i] > 1 && sa.stride[i] % 4) return false;
     return true;
 }
 
