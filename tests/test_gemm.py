@@ -229,6 +229,17 @@ SIZES = {
 }
 
 
+def test_masked_output_with_groups_inside_rows(rng: Rng) -> None:
+    """d may lie as (Mmax, G, N) in memory: no element twice, whatever the order of the strides."""
+    call = make_call(rng, "masked", [3, 0, 20], 48, 256)
+    d = np.full((20, 3, 48), POISON, np.uint16).transpose(1, 0, 2)
+    call.function(call.operands.lhs, call.operands.rhs, d, **call.layout)
+    for group, where in enumerate(call.members):
+        if d[where].size:
+            check_accuracy(np.ascontiguousarray(d[where]), call.of_group(group))
+    assert (d[~call.owned()] == POISON).all()
+
+
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups(rng: Rng, kind: str, sizes: list[int]) -> None:
