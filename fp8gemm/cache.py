@@ -27,18 +27,13 @@ def directory() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("fp8gemm"))
 
 
-def _prepare(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)  # a cubin is code: nobody else may write here
-    return path
-
-
 def get_or_build(key: str, build: Callable[[], bytes]) -> bytes:
     """The cubin of `key`, from the cache or by `build()`, which runs at most once a machine and key."""
     path = directory() / "cubins" / f"{key}.cubin"
     try:
         if (cubin := _read(path)) is not None:
             return cubin
-        _prepare(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # a cubin is code: nobody else may write here
         with _locked(path.with_suffix(".lock")):
             if (cubin := _read(path)) is None:  # another process may have built it meanwhile
                 cubin = _guarded(build)

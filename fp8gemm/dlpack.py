@@ -240,14 +240,18 @@ class Tensor:
         view = native.Tensor(device_type=device[0], device_id=device[1], ndim=len(shape))
         view.dtype_code, view.dtype_bits, view.dtype_lanes = dtype.code, dtype.bits, 1
         view.shape[: len(shape)], view.stride[: len(shape)] = shape, self.strides
-        extent = 1 + sum((size - 1) * step for size, step in zip(shape, self.strides, strict=True))
-        bytes_needed = 0 if 0 in shape else extent * dtype.bits // 8
         buffer = ctypes.c_void_p()
-        native.library().buffer_new(*device, bytes_needed, stream, ctypes.byref(buffer))
+        native.library().buffer_new(*device, self._extent() * dtype.bits // 8, stream, ctypes.byref(buffer))
         self._buffer = buffer
         weakref.finalize(self, native.library().buffer_release, buffer)
         view.data = native.library().buffer_data(buffer)
         self.view = view
+
+    def _extent(self) -> int:
+        """Elements from the first to the last in memory."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
 
     def __repr__(self) -> str:
         where = "cpu" if self.device[0] == native.CPU else f"cuda:{self.device[1]}"
@@ -288,8 +292,7 @@ class Tensor:
         if self.device[0] != native.CPU:
             raise OperandError("self", f"on cuda:{self.device[1]}; only CPU tensors have a NumPy view")
         kind: Any = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_float}[self.dtype.bits]
-        extent = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
-        memory = (kind * max(extent, 0)).from_address(self.view.data)
+        memory = (kind * self._extent()).from_address(self.view.data)
         memory.keep_alive = self
         steps = tuple(step * self.dtype.bits // 8 for step in self.strides)
         return np.ndarray(self.shape, kind, memory, strides=steps)

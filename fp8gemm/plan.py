@@ -13,7 +13,6 @@ from .device import Device
 from .errors import PlanError
 
 TILE_K = 128  # one scale block, one swizzled row of shared memory
-BLOCK = 128  # rows of B under one scale
 
 # createpolicy encodings, as the driver's headers' users know them: fractional policies over all of the data.
 L2_POLICIES = {
