@@ -51,6 +51,11 @@ class Plan(NamedTuple):
         return self.cluster_m * self.cluster_n
 
     @property
+    def reduction(self) -> str:
+        """How K is summed: plans of one reduction give the same bits, so one may replace another between two calls."""
+        return "k ascending"
+
+    @property
     def threads(self) -> int:
         """One producer warpgroup, and one consumer warpgroup a 64 rows, two at most."""
         return 128 * (2 if self.tile_m == 64 else 3)
