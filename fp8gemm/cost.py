@@ -4,15 +4,17 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
 
     tensor      the wgmmas of its consumers, at the tensor core's rate
     shared      shared memory: what TMA writes and what every wgmma reads (A once for each, B once for each 64 rows)
-    chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Two consumers overlap, one cannot
+    chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Two consumers overlap, one cannot;
+                in a deep stage one block's promotion hides behind the next one's wgmma
+    issue       the producer's TMA instructions; a deep stage's blocks come by one each of A and B
     L2          the bytes that the CTA streams in; a cluster loads what it shares once, and what L2 has to fetch from
                 HBM passes through it a second time
 
-and every tile adds its epilogue. Waves come out by themselves: a CTA's number of tiles is rounded up. Against all that
-stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same on every Hopper; SM count and
-HBM rate are the device's. The constants below were fitted on an H200 to 3,600 measured (problem, plan) pairs: seven
-weights, M = 1 .. 8192, and nine grouped problems. There the default is 0.9% slower than the best plan in the geometric
-mean and 7% at worst (native/README.md).
+and every tile adds its epilogue, every split of K its exchange. Waves come out by themselves: a CTA's number of tiles is
+rounded up. Against all that stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same on
+every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 2,700 measured
+(problem, plan) pairs: seven weights, M = 1 .. 8192, and nine grouped problems. There the default is 0.8% slower than the
+best plan in the geometric mean and 12% at worst (native/README.md).
 """
 
 import functools
@@ -25,19 +27,21 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.26  # reads and writes get in each other's way
-L2_BYTES_PER_CYCLE = 46.7  # one SM's share
-L2_MISS = 0.64  # of a missed byte's own cost
-WGMMA_LATENCY = 94
-PROMOTION = 1.93  # cycles of an FMA, which competes with the tensor core for registers
-BARRIERS = 52
-EPILOGUE = 735
-STORE_BYTES_PER_CYCLE = {64: 134.0, 32: 56.5, 16: 24.3}  # by the columns that a TMA store takes at a time
-LAUNCH = 2010  # until the first stage has landed
-LAUNCH_CLUSTER = 1830
+SHARED_CONFLICT = 1.196  # reads and writes get in each other's way
+L2_BYTES_PER_CYCLE = 59.6  # one SM's share
+L2_MISS = 2.61  # of a missed byte's own cost
+WGMMA_LATENCY, DEEP_LATENCY = 112, 157
+PROMOTION = 1.25  # cycles of an FMA, which competes with the tensor core for registers
+BARRIERS = 52  # a stage's
+TMA_ISSUE = 110
+EPILOGUE, DIRECT_EPILOGUE = 690, 825
+STORE_BYTES_PER_CYCLE = {64: 67.9, 32: 32.9, 16: 16.1}  # by the columns that a TMA store takes at a time
+LAUNCH = 147
+LAUNCH_CLUSTER = 2440
+EXCHANGE = 3300  # of the sums of a split K, its cluster's launch with it
+RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.63
-MEMORY_IMBALANCE = 1.02  # most that an uneven last wave costs the memory
+MEMORY_EFFICIENCY = 0.549
 DEFAULT_BANDWIDTH = 3.35e12
 
 
@@ -46,45 +50,52 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     groups, rows = _groups(problem)
     tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
     tiles_n = -(-problem.n // (plan.tile_n * plan.cluster_n))
-    clusters = plan.num_sms // plan.cluster
+    clusters = max(round(plan.num_sms * RESIDENT[plan.cluster]) // plan.cluster, 1)
     tiles = groups * tiles_m * tiles_n
     per_cta = -(-tiles // clusters)
     k_blocks = -(-problem.k // TILE_K)
+    stages = -(-(-(-k_blocks // plan.depth)) // plan.split)
     unique = groups * (rows * problem.k + problem.n * problem.k)
-    missed = unique / max(tiles * plan.cluster * k_blocks, 1)
-    compute = per_cta * (k_blocks * block_cycles(plan, rows, missed) + epilogue_cycles(plan))
+    shared_by = plan.cluster_m * plan.cluster_n
+    missed = unique / max(tiles * shared_by * k_blocks, 1)
+    compute = per_cta * (stages * plan.depth * block_cycles(plan, rows, missed) + epilogue_cycles(plan))
 
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
-    imbalance = min(per_cta * clusters / tiles, MEMORY_IMBALANCE) if tiles > clusters else 1.0
-    memory = (unique * imbalance + groups * rows * problem.n * 2) / bandwidth
-    launch = LAUNCH + (LAUNCH_CLUSTER if plan.cluster > 1 else 0)
-    hidden = 0.02 * min(compute, memory)  # where one hides the other, less of it is still better
-    return launch + max(compute, memory) + hidden
+    memory = (unique + groups * rows * problem.n * 2) / bandwidth
+    start = LAUNCH + (LAUNCH_CLUSTER if shared_by > 1 else 0) + (EXCHANGE if plan.split > 1 else 0)
+    return start + max(compute, memory)
 
 
 def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     """Cycles that a CTA needs for 128 of K of its tile; `missed`: bytes of it that come from HBM, on average."""
-    consumers = 1 if plan.tile_m == 64 else 2
-    waves = plan.tile_m // (64 * consumers)
+    consumers = 1 if plan.tile_m <= 64 else 2
+    waves = max(plan.tile_m // (64 * consumers), 1)
     wgmmas = TILE_K // 32  # m64nNk32
     tensor = 64 * plan.tile_n * 32 / MACS_PER_CYCLE
     reads = (64 + plan.tile_n) * 32 / SHARED_BYTES_PER_CYCLE
     writes = (plan.tile_m + plan.tile_n) * TILE_K / SHARED_BYTES_PER_CYCLE
-    chain = waves * (wgmmas * max(tensor, reads) + WGMMA_LATENCY + PROMOTION * plan.tile_n / 2) + BARRIERS
+    multiply, promote = wgmmas * max(tensor, reads), PROMOTION * plan.tile_n / 2
+    if plan.depth == 1:
+        chain = waves * (multiply + WGMMA_LATENCY + promote) + BARRIERS
+    else:
+        chain = max(multiply, promote) + DEEP_LATENCY + BARRIERS / plan.depth
+    loads = 3 if plan.depth == 1 and plan.tile_m >= 64 else 2  # A, B, and A's scales
     loaded_rows = min(plan.tile_m, -(-rows // 8) * 8) / plan.cluster_n  # a short A is not padded
     streamed = (loaded_rows + plan.tile_n / plan.cluster_m) * TILE_K + L2_MISS * missed
     return max(
-        consumers * waves * wgmmas * max(tensor, reads),
+        consumers * waves * multiply,
         SHARED_CONFLICT * (consumers * waves * wgmmas * reads + writes),
         chain,
+        TMA_ISSUE * loads / plan.depth,
         streamed / L2_BYTES_PER_CYCLE,
     )
 
 
 def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
-    panel = math.gcd(plan.tile_n, 64)
-    return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[panel]
+    if plan.tile_m < 64:
+        return DIRECT_EPILOGUE
+    return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
 
 
 def _groups(problem: Problem) -> tuple[int, int]:

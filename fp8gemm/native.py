@@ -69,6 +69,8 @@ class Plan(Structure):
             "stages",
             "cluster_m",
             "cluster_n",
+            "depth",
+            "split",
             "shared_bytes",
             "threads",
             "num_sms",

@@ -1,10 +1,11 @@
 """Plans: how a problem is computed on a Hopper GPU.
 
-A plan has two halves. The compiled half (tile, stages, cluster) goes into the kernel as macros and, with the kind, keys
-a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says what is legal.
+A plan has two halves. The compiled half (tile, stages, cluster, depth, split) goes into the kernel as macros and, with
+the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says what is legal.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,10 +21,12 @@ L2_POLICIES = {
     "evict_first": 0x12F0000000000000,
     "evict_last": 0x14F0000000000000,
 }
-TILE_MS = (64, 128, 256)
+TILE_MS = (32, 64, 128, 256)
 TILE_NS = tuple(n for n in range(16, 193, 16) if n != 176)  # 176 could need three B scales
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
-MAX_STAGES = 12
+DEPTHS = (1, 2, 4)
+SPLITS = (1, 2, 3, 4)  # wider clusters reach fewer SMs
+MAX_STAGES = 16
 
 
 class Kernel(NamedTuple):
@@ -35,36 +38,45 @@ class Kernel(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One way to compute a problem. Tiles in elements; `cluster_m` CTAs share a B tile, `cluster_n` an A tile."""
+    """One way to compute a problem. Tiles in elements.
+
+    Of a cluster, `cluster_m` CTAs share a B tile, or `cluster_n` an A tile, or `split` share the K of one tile of D.
+    A stage holds `depth` blocks (of 128) of K.
+    """
 
     tile_m: int
     tile_n: int
     stages: int
     cluster_m: int = 1
     cluster_n: int = 1
+    depth: int = 1
+    split: int = 1
     num_sms: int = 1
     raster: int = 1
     b_policy: str = "evict_normal"
 
     @property
     def cluster(self) -> int:
-        return self.cluster_m * self.cluster_n
+        return self.cluster_m * self.cluster_n * self.split
 
     @property
     def reduction(self) -> str:
         """How K is summed: plans of one reduction give the same bits, so one may replace another between two calls."""
-        return "k ascending"
+        return "k ascending" if self.split == 1 else f"{self.split} parts of whole {self.depth * TILE_K}s of k"
 
     @property
     def threads(self) -> int:
         """One producer warpgroup, and one consumer warpgroup a 64 rows, two at most."""
-        return 128 * (2 if self.tile_m == 64 else 3)
+        return 128 * (2 if self.tile_m <= 64 else 3)
 
     @property
     def shared_bytes(self) -> int:
         """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
-        stage = (self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 4) * 4 + 2 * 8
-        total = self.stages * stage + self.tile_m * self.tile_n * 2
+        stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 4) * 4) + 2 * 8
+        consumers = 1 if self.tile_m <= 64 else 2
+        parts = (self.split - 1) * self.tile_m * self.tile_n * 4 if self.split > 1 else 16 * consumers
+        staged = self.tile_m if self.tile_m >= 64 else 1
+        total = self.stages * stage + staged * self.tile_n * 2 + parts + 16 * consumers
         return (total + 1023) // 1024 * 1024
 
     def violations(self, kind: int, device: Device) -> Iterator[str]:
@@ -77,6 +89,16 @@ class Plan(NamedTuple):
             yield f"tile {self.tile_m} x {self.tile_n}: the FP32 sums do not fit in registers, one side must be <= 128"
         if (self.cluster_m, self.cluster_n) not in CLUSTERS:
             yield f"cluster {self.cluster_m} x {self.cluster_n}, allowed are {CLUSTERS}"
+        if self.cluster_m * self.cluster_n > 1 and self.tile_m < 64:
+            yield f"cluster {self.cluster_m} x {self.cluster_n} for tile_m {self.tile_m}, allowed from 64 on"
+        if self.split not in SPLITS:
+            yield f"split {self.split}, allowed are {SPLITS}"
+        if self.split > 1 and (self.cluster_m * self.cluster_n > 1 or self.tile_m > 128):
+            yield f"split {self.split} of K: allowed for tile_m up to 128, and CTAs that share nothing else"
+        if self.depth not in DEPTHS:
+            yield f"depth {self.depth}, allowed are {DEPTHS}"
+        if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 96):
+            yield f"depth {self.depth} for a tile of {self.tile_m} x {self.tile_n}, allowed up to 128 x 96"
         if not 2 <= self.stages <= MAX_STAGES:
             yield f"{self.stages} stages, allowed are 2 to {MAX_STAGES}"
         if self.shared_bytes > device.shared_bytes:
@@ -102,6 +124,8 @@ class Plan(NamedTuple):
             "STAGES": self.stages,
             "CLUSTER_M": self.cluster_m,
             "CLUSTER_N": self.cluster_n,
+            "DEPTH": self.depth,
+            "SPLIT": self.split,
             "KIND": kind,
             "SMEM_BYTES": self.shared_bytes,
         }
@@ -112,8 +136,10 @@ class Plan(NamedTuple):
         return native.Plan(**fields, shared_bytes=self.shared_bytes, threads=self.threads)
 
     def __str__(self) -> str:
-        cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster > 1 else ""
-        return f"{self.tile_m}x{self.tile_n} stages {self.stages}{cluster} sms {self.num_sms} raster {self.raster}"
+        cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster_m * self.cluster_n > 1 else ""
+        depth = f"x{self.depth}" if self.depth > 1 else ""
+        split = f" split {self.split}" if self.split > 1 else ""
+        return f"{self.tile_m}x{self.tile_n} stages {self.stages}{depth}{cluster}{split} sms {self.num_sms} raster {self.raster}"
 
 
 def reference_kernel(kind: int) -> Kernel:
@@ -136,12 +162,11 @@ def copy_kernel() -> Kernel:
 def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
     """Every legal compiled half for this kind, each with as many stages as fit in shared memory."""
     plans = []
-    for tile_m in TILE_MS:
-        for tile_n in TILE_NS:
-            for cluster_m, cluster_n in CLUSTERS:
-                for stages in range(MAX_STAGES, 1, -1):
-                    plan = Plan(tile_m, tile_n, stages, cluster_m, cluster_n, device.sms)
-                    if not any(plan.violations(kind, device)):
-                        plans.append(plan)
-                        break
+    sharing = [(*cluster, 1) for cluster in CLUSTERS] + [(1, 1, split) for split in SPLITS if split > 1]
+    for tile_m, tile_n, (cluster_m, cluster_n, split), depth in itertools.product(TILE_MS, TILE_NS, sharing, DEPTHS):
+        for stages in range(MAX_STAGES, 2, -1):  # two could not hide a load's latency
+            plan = Plan(tile_m, tile_n, stages, cluster_m, cluster_n, depth, split, device.sms)
+            if not any(plan.violations(kind, device)):
+                plans.append(plan)
+                break
     return tuple(plans)

@@ -23,7 +23,7 @@ from fp8gemm.plan import Plan, compiled_space
 from fp8gemm.problem import KINDS, Problem
 
 KERNELS = Path(__file__).parent.parent / "native" / "kernels"
-GOOD = Plan(128, 128, 5, 1, 2, 132, 4)
+GOOD = Plan(128, 128, 5, 1, 2, num_sms=132, raster=4)
 each_device = pytest.mark.parametrize("gpu", HOPPERS, ids=lambda gpu: gpu.name)
 each_kind = pytest.mark.parametrize("kind", range(4), ids=KINDS)
 
@@ -39,15 +39,21 @@ def test_legal_plan() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tile_m": 32}, ["tile_m 32, allowed are (64, 128, 256)"]),
+        ({"tile_m": 16, "cluster_n": 1}, ["tile_m 16, allowed are (32, 64, 128, 256)"]),
+        ({"tile_m": 32}, ["cluster 1 x 2 for tile_m 32, allowed from 64 on"]),
         ({"tile_n": 24}, ["tile_n 24, allowed are (16, "]),
         ({"tile_n": 176, "stages": 2}, ["tile_n 176, allowed"]),
         ({"tile_n": 208, "stages": 2}, ["tile_n 208, allowed"]),
         ({"tile_m": 256, "tile_n": 144, "stages": 2}, ["tile 256 x 144", "do not fit in registers"]),
         ({"cluster_m": 2, "cluster_n": 2}, ["cluster 2 x 2, allowed"]),
         ({"cluster_m": 1, "cluster_n": 4}, ["cluster 1 x 4, allowed"]),
-        ({"stages": 1}, ["1 stages, allowed are 2 to 12"]),
-        ({"stages": 13, "tile_m": 64, "tile_n": 16}, ["13 stages, allowed are 2 to 12"]),
+        ({"stages": 1}, ["1 stages, allowed are 2 to 16"]),
+        ({"stages": 17, "tile_m": 64, "tile_n": 16}, ["17 stages, allowed are 2 to 16"]),
+        ({"split": 5, "cluster_n": 1, "tile_n": 16}, ["split 5, allowed are (1, 2, 3, 4)"]),
+        ({"split": 2, "stages": 2}, ["split 2 of K", "share nothing else"]),
+        ({"split": 2, "cluster_n": 1, "tile_m": 256, "tile_n": 16, "stages": 2}, ["split 2 of K", "tile_m up to 128"]),
+        ({"depth": 3, "stages": 2, "tile_n": 64}, ["depth 3, allowed are (1, 2, 4)"]),
+        ({"depth": 2, "stages": 2}, ["depth 2 for a tile of 128 x 128, allowed up to 128 x 96"]),
         ({"stages": 7}, ["bytes of shared memory", H100.name, "232448"]),
         ({"num_sms": 1}, ["num_sms 1, allowed are 2 (the cluster) to 132"]),
         ({"num_sms": 133}, ["num_sms 133, allowed are 2 (the cluster) to 132"]),
@@ -76,8 +82,8 @@ def test_violations_of_contiguous_groups() -> None:
 
 
 def test_every_violation_is_told() -> None:
-    broken = Plan(100, 100, 100, 3, 3, 1000, -1, "x")
-    assert len(list(broken.violations(native.DENSE, H100))) == 8
+    broken = Plan(100, 100, 100, 3, 3, 3, 5, 1000, -1, "x")
+    assert len(list(broken.violations(native.DENSE, H100))) == 12
 
 
 @each_device
@@ -94,11 +100,12 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
         assert len({legal.kernel(kind)} & {other.kernel(kind) for other in space if other != legal}) == 0
     tiles = {(legal.tile_m, legal.tile_n) for legal in space}
     assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS)
-    assert {tile_m for tile_m, _ in tiles} == set(plan.TILE_MS if kind != native.CONTIGUOUS else plan.TILE_MS[:2])
+    tile_ms = {tile_m for tile_m in plan.TILE_MS if tile_m <= (128 if kind == native.CONTIGUOUS else 256)}
+    assert {tile_m for tile_m, _ in tiles} == tile_ms - ({256} if gpu.shared_bytes < H100.shared_bytes else set())
 
 
 def test_what_follows_from_a_plan() -> None:
-    assert [Plan(m, 16, 2).threads for m in plan.TILE_MS] == [256, 384, 384]
+    assert [Plan(m, 16, 2).threads for m in plan.TILE_MS] == [256, 256, 384, 384]
     passed = GOOD.native()
     for name, value in GOOD._asdict().items():
         assert getattr(passed, name) == (plan.L2_POLICIES[value] if name == "b_policy" else value)
@@ -402,8 +409,8 @@ def device_code(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     (folder / "harness.cpp").write_text(HARNESS)
 
     def compile(kind: int, tile: tuple[int, int, int, int]) -> Any:
-        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES")
-        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2), strict=True)]
+        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES", "DEPTH", "SPLIT")
+        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2, 1, 1), strict=True)]
         library = folder / f"{kind}_{'_'.join(map(str, tile))}.so"
         flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", *macros, "-o", str(library)]
         subprocess.run(["g++", "harness.cpp", *flags], cwd=folder, check=True)

@@ -19,7 +19,7 @@ using CUevent = struct CUevent_st*;
 struct CUlaunchAttribute {
     int id;
     char pad[4];
-    union { char bytes[64]; struct { unsigned x, y, z; } cluster; };
+    union { char bytes[64]; struct { unsigned x, y, z; } cluster; int programmatic; };
 };
 struct CUlaunchConfig {
     unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
@@ -47,6 +47,7 @@ struct CUlaunchConfig {
     X(cuModuleGetFunction, CUfunction*, CUmodule, const char*)                                                         \
     X(cuFuncSetAttribute, CUfunction, int, int)                                                                        \
     X(cuLaunchKernelEx, const CUlaunchConfig*, CUfunction, void**, void**)                                             \
+    X(cuOccupancyMaxActiveClusters, int*, CUfunction, const CUlaunchConfig*)                                          \
     X(cuTensorMapEncodeTiled, void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,          \
       const uint32_t*, int, int, int, int)                                                                             \
     X(cuMemAllocAsync, CUdeviceptr*, size_t, CUstream)                                                                 \

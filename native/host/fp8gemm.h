@@ -62,7 +62,7 @@ typedef struct {                                /* what a plan is chosen for: no
 
 /* ---- plans ---------------------------------------------------------------------------------------------------------- */
 typedef struct {
-    int32_t tile_m, tile_n, stages, cluster_m, cluster_n;       /* compiled */
+    int32_t tile_m, tile_n, stages, cluster_m, cluster_n, depth, split;  /* compiled */
     int32_t shared_bytes, threads;                              /* follow from them */
     int32_t num_sms, raster;                                    /* launch */
     uint64_t b_policy;
@@ -113,7 +113,7 @@ FP8GEMM_API int fp8gemm_kernel_load(int device_id, const void *cubin, size_t byt
                                     void *stream, fp8gemm_kernel **kernel);
 
 /* Launches. Streams are CUstream; capture-safe; nothing synchronises or allocates. */
-FP8GEMM_API int fp8gemm_launch_gemm(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
+FP8GEMM_API int fp8gemm_launch_gemm(fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
                                     const fp8gemm_problem *problem, const fp8gemm_plan *plan, void *stream);
 FP8GEMM_API int fp8gemm_launch_reference(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
                                          const fp8gemm_problem *problem, void *stream);

@@ -1,5 +1,6 @@
 // Loads kernels, encodes tensor maps, launches.
 #include <algorithm>
+#include <atomic>
 #include <new>
 
 #include "../kernels/params.h"
@@ -11,6 +12,7 @@ using namespace fp8gemm;
 struct fp8gemm_kernel {
     int device_id;
     CUfunction function;
+    std::atomic<int> resident_clusters{0};       // 0: not asked yet
 };
 
 namespace {
@@ -18,23 +20,33 @@ namespace {
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// A (columns, rows, groups) view of a matrix or a stack of them, in swizzled boxes of columns x rows.
-int encode_map(const Driver& cu, const fp8gemm_tensor& t, int box_columns, int box_rows, const char* name, TensorMap* map) {
+// What a tensor map shows of a matrix or a stack of them, and in which swizzled boxes.
+struct Box {
+    int columns, rows;
+    bool deep = false, blocked = false;          // deep: a third dimension for blocks of columns, one or (blocked) all
+    int blocks = 1;
+};
+
+int encode_map(const Driver& cu, const fp8gemm_tensor& t, const Box& b, const char* name, TensorMap* map) {
     enum { kUint8 = 0, kUint16 = 1, kSwizzle32 = 1, kSwizzle64 = 2, kSwizzle128 = 3, kPromote256 = 3 };
-    const int row = t.ndim - 2, size = t.dtype_bits / 8, bytes = box_columns * size;
+    const int row = t.ndim - 2, size = t.dtype_bits / 8, bytes = b.columns * size;
     const int swizzle = bytes == 128 ? kSwizzle128 : bytes == 64 ? kSwizzle64 : kSwizzle32;
-    const uint64_t row_bytes = t.stride[row] * size;
-    const uint64_t dims[] = {static_cast<uint64_t>(t.shape[row + 1]), static_cast<uint64_t>(t.shape[row]),
-                             row ? static_cast<uint64_t>(t.shape[0]) : 1};
-    const uint64_t strides[] = {row_bytes, row ? static_cast<uint64_t>(t.stride[0]) * size : row_bytes};
-    const uint32_t box[] = {static_cast<uint32_t>(box_columns), static_cast<uint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
-    const CUresult result = cu.cuTensorMapEncodeTiled(map, size == 1 ? kUint8 : kUint16, 3, t.data, dims, strides, box, steps,
-                                                      0, swizzle, kPromote256, 0);
+    const uint64_t columns = t.shape[row + 1], rows = t.shape[row], row_bytes = t.stride[row] * size;
+    const uint64_t groups = row ? t.shape[0] : 1, group_bytes = row ? t.stride[0] * size : row_bytes;
+    uint64_t dims[4] = {columns, rows, groups}, strides[3] = {row_bytes, group_bytes};
+    uint32_t box[4] = {static_cast<uint32_t>(b.columns), static_cast<uint32_t>(b.rows), 1}, steps[4] = {1, 1, 1, 1};
+    if (b.deep) {
+        dims[0] = b.blocked ? b.columns : columns, dims[2] = b.blocked ? columns / b.columns : 1, dims[3] = groups;
+        strides[1] = b.blocked ? bytes : row_bytes, strides[2] = group_bytes;
+        box[2] = static_cast<uint32_t>(b.blocks), box[3] = 1;
+    }
+    const CUresult result = cu.cuTensorMapEncodeTiled(map, size == 1 ? kUint8 : kUint16, b.deep ? 4 : 3, t.data, dims, strides,
+                                                      box, steps, 0, swizzle, kPromote256, 0);
     if (!result) return FP8GEMM_OK;
     return fail(FP8GEMM_DRIVER, name, "cuTensorMapEncodeTiled refused (%llu, %llu, %llu) with strides of %llu and %llu bytes "
-                "(CUDA error %d)", static_cast<unsigned long long>(dims[0]), static_cast<unsigned long long>(dims[1]),
-                static_cast<unsigned long long>(dims[2]), static_cast<unsigned long long>(strides[0]),
-                static_cast<unsigned long long>(strides[1]), result);
+                "(CUDA error %d)", static_cast<unsigned long long>(columns), static_cast<unsigned long long>(rows),
+                static_cast<unsigned long long>(groups), static_cast<unsigned long long>(row_bytes),
+                static_cast<unsigned long long>(group_bytes), result);
 }
 
 int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
@@ -57,16 +69,36 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
     return out;
 }
 
-int launch(const Driver& cu, CUfunction function, unsigned x, unsigned y, unsigned z, int threads, int shared, int cluster,
-           void* stream, void* params) {
-    enum { kClusterDimension = 4 };
-    CUlaunchAttribute attribute{};
-    attribute.id = kClusterDimension;
-    attribute.cluster = {static_cast<unsigned>(cluster), 1, 1};
-    CUlaunchConfig config{x, y, z, static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared),
-                          static_cast<CUstream>(stream), &attribute, cluster > 1 ? 1u : 0u};
+// A launch in clusters of CTAs along x, which may be set up while the kernel before it still runs: a kernel that says so
+// (`early`) waits by itself before it touches memory.
+struct Launch {
+    CUlaunchAttribute attributes[2] = {};
+    CUlaunchConfig config;
+
+    Launch(int x, int y, int z, int threads, int shared, int cluster, bool early, void* stream) {
+        enum { kClusterDimension = 4, kProgrammaticStreamSerialization = 6 };
+        attributes[0].id = kClusterDimension;
+        attributes[0].cluster = {static_cast<unsigned>(cluster), 1, 1};
+        attributes[1].id = kProgrammaticStreamSerialization;
+        attributes[1].programmatic = 1;
+        config = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z), static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared), static_cast<CUstream>(stream),
+                  attributes, early ? 2u : cluster > 1 ? 1u : 0u};
+    }
+};
+
+int launch(const Driver& cu, CUfunction function, const Launch& l, void* params) {
     void* arguments[] = {params};
-    FP8GEMM_CU(cu, cuLaunchKernelEx, &config, function, arguments, nullptr);
+    FP8GEMM_CU(cu, cuLaunchKernelEx, &l.config, function, arguments, nullptr);
+    return FP8GEMM_OK;
+}
+
+// Clusters of this size that run at a time: GPCs whose SMs it does not divide leave some idle.
+int resident_clusters(const Driver& cu, fp8gemm_kernel& kernel, int threads, int shared, int cluster, int* out) {
+    *out = kernel.resident_clusters.load(std::memory_order_relaxed);
+    if (*out) return FP8GEMM_OK;
+    const Launch one(cluster, 1, 1, threads, shared, cluster, false, nullptr);
+    FP8GEMM_CU(cu, cuOccupancyMaxActiveClusters, out, kernel.function, &one.config);
+    kernel.resident_clusters.store(*out, std::memory_order_relaxed);
     return FP8GEMM_OK;
 }
 
@@ -106,23 +138,36 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     return FP8GEMM_OK;
 }
 
-int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p,
+int fp8gemm_launch_gemm(fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p,
                         const fp8gemm_plan* plan, void* stream) {
     const Driver* cu;
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     GemmParams params = make_params(*o, *p);
     params.raster = plan->raster, params.b_policy = plan->b_policy;
-    const int tile_k = 128;                      // a CTA loads its own part of an operand that its cluster shares
-    // Rows that TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.
-    params.a_box_rows = std::min(plan->tile_m / plan->cluster_n, round_up(p->m, 8));
-    FP8GEMM_TRY(encode_map(*cu, o->a, tile_k, params.a_box_rows, "a", &params.a));
-    FP8GEMM_TRY(encode_map(*cu, o->b, tile_k, plan->tile_n / plan->cluster_m, "b", &params.b));
-    if (p->output_by_tma)
-        FP8GEMM_TRY(encode_map(*cu, o->d, greatest_common_divisor(plan->tile_n, 64), 64, "d", &params.d));
-    const int cluster = plan->cluster_m * plan->cluster_n;
-    return launch(*cu, kernel->function, plan->num_sms / cluster * cluster, 1, 1, plan->threads, plan->shared_bytes, cluster,
-                  stream, &params);
+    const int tile_k = 128;
+    const bool deep = plan->depth > 1;
+    params.blocked = deep && p->k % tile_k == 0;
+    params.sa_by_bulk &= !deep && plan->tile_m >= 64;            // many small bulk copies would take TMA's time
+    params.d_by_tma &= plan->tile_m >= 64;
+    // A CTA loads its own part of an operand that its cluster shares: some rows, or some blocks of a deep stage. Rows that
+    // TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.
+    Box a{tile_k, std::min(plan->tile_m / (deep ? 1 : plan->cluster_n), round_up(p->m, 8)), deep, params.blocked != 0};
+    Box b{tile_k, plan->tile_n / (deep ? 1 : plan->cluster_m), deep, params.blocked != 0};
+    if (params.blocked) a.blocks = plan->depth / plan->cluster_n, b.blocks = plan->depth / plan->cluster_m;
+    params.a_box_rows = a.rows, params.a_box_blocks = a.blocks, params.b_box_blocks = b.blocks;
+    FP8GEMM_TRY(encode_map(*cu, o->a, a, "a", &params.a));
+    FP8GEMM_TRY(encode_map(*cu, o->b, b, "b", &params.b));
+    if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, {greatest_common_divisor(plan->tile_n, 64), 64}, "d", &params.d));
+    const int cluster = plan->cluster_m * plan->cluster_n * plan->split;
+    int clusters = plan->num_sms / cluster, resident = clusters;
+    if (cluster > 2) FP8GEMM_TRY(resident_clusters(*cu, *kernel, plan->threads, plan->shared_bytes, cluster, &resident));
+    clusters = std::min(clusters, resident);
+    if (p->kind == FP8GEMM_DENSE)                // more would find no tile
+        clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{ceil_div(p->m, plan->tile_m * plan->cluster_m)} *
+                                                                    ceil_div(p->n, plan->tile_n * plan->cluster_n)));
+    return launch(*cu, kernel->function, {clusters * cluster, 1, 1, plan->threads, plan->shared_bytes, cluster, true, stream},
+                  &params);
 }
 
 int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p, void* stream) {
@@ -131,7 +176,7 @@ int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operand
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     GemmParams params = make_params(*o, *p);
     const int groups = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED ? p->groups : 1;
-    return launch(*cu, kernel->function, ceil_div(p->m, 64), ceil_div(p->n, 64), groups, 256, 0, 1, stream, &params);
+    return launch(*cu, kernel->function, {ceil_div(p->m, 64), ceil_div(p->n, 64), groups, 256, 0, 1, false, stream}, &params);
 }
 
 int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8gemm_tensor* x, const fp8gemm_tensor* q,
@@ -142,7 +187,7 @@ int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8ge
     CastParams params{x->data, static_cast<unsigned char*>(q->data), static_cast<float*>(s->data), x->shape[0], x->shape[1],
                       x->stride[0], q->stride[0], s->stride[0], s->stride[1]};
     const int rows = static_cast<int>(x->shape[0]), blocks = ceil_div(static_cast<int>(x->shape[1]), 128);
-    return launch(*cu, kernel->function, ceil_div(rows, per_block ? 128 : 8), blocks, 1, 256, 0, 1, stream, &params);
+    return launch(*cu, kernel->function, {ceil_div(rows, per_block ? 128 : 8), blocks, 1, 256, 0, 1, false, stream}, &params);
 }
 
 int fp8gemm_launch_copy(const fp8gemm_kernel* kernel, const fp8gemm_tensor* x, const fp8gemm_tensor* s, void* stream) {
@@ -154,8 +199,9 @@ int fp8gemm_launch_copy(const fp8gemm_kernel* kernel, const fp8gemm_tensor* x, c
     CopyParams params{static_cast<const float*>(x->data), static_cast<float*>(s->data), x->shape[row],
                       x->stride[row], x->stride[row + 1], stack ? x->stride[0] : 0,
                       s->stride[row], s->stride[row + 1], stack ? s->stride[0] : 0};
-    return launch(*cu, kernel->function, ceil_div(static_cast<int>(x->shape[row]), 256), static_cast<int>(x->shape[row + 1]),
-                  stack ? static_cast<int>(x->shape[0]) : 1, 256, 0, 1, stream, &params);
+    const int groups = stack ? static_cast<int>(x->shape[0]) : 1, columns = static_cast<int>(x->shape[row + 1]);
+    return launch(*cu, kernel->function, {ceil_div(static_cast<int>(x->shape[row]), 256), columns, groups, 256, 0, 1, false, stream},
+                  &params);
 }
 
 int fp8gemm_copy_to_host(int device_id, void* stream, const void* from, size_t bytes, void* to) {

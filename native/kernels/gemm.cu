@@ -8,11 +8,14 @@
 //              warps bring the rest of the scales
 //   consumers  one or two warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
-// A stage holds 128 of K of a tile: A, B and their scales. Two barriers guard it: `full` (everything has landed) and
-// `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about 14 bits
-// of a sum, so a partial sum lives there for one stage only; FP32 registers hold the rest (two-level accumulation).
+// A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has
+// landed) and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about
+// 14 bits of a sum, so a partial sum lives there for one block only; FP32 registers hold the rest (two-level
+// accumulation).
+// Where tiles are few, the CTAs of a cluster share a tile's K; the first one adds their sums, in order.
 //
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
+#include "epilogue.cuh"
 #include "params.h"
 #include "plan.cuh"
 #include "ptx.cuh"
@@ -21,12 +24,16 @@
 
 namespace fp8gemm {
 
+constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
+constexpr int kPart = kSplit > 1 ? kPartThreads * kTileN / 8 : 1; // float4 that they send
+
 struct alignas(1024) SharedStorage {
-    u8 a[kStages][kTileM * kTileK];
-    u8 b[kStages][kTileN * kTileK];
-    u16 d[kConsumers][kWaves][kPanels][64 * kPanel];
-    float scales[kStages][kScaleSlots];
-    u64 full[kStages], empty[kStages];
+    u8 a[kStages][kDepth * kTileM * kTileK];
+    u8 b[kStages][kDepth * kTileN * kTileK];
+    u16 d[kConsumers][kWaves][kPanels][kPanelSize];
+    float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kPart];        // sums of the cluster's other CTAs
+    float scales[kStages][kDepth][kScaleSlots];
+    u64 full[kStages], empty[kStages], parts_full[kConsumers], parts_empty[kConsumers];
 };
 #ifdef SMEM_BYTES
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
@@ -40,37 +47,55 @@ struct Ring {
 };
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
-// In a cluster the operand that both CTAs need is loaded half by half, each half multicast to both.
-__device__ void load_operands(const GemmParams& p, SharedStorage& s, int k_blocks) {
-    constexpr bool kShareA = kClusterN > 1, kShareB = kClusterM > 1;
-    constexpr int kRowsA = kShareA ? kTileM / 2 : kTileM, kRowsB = kShareB ? kTileN / 2 : kTileN;
+// A box: rows of one block of K or, where K is whole blocks, of several blocks of a deep stage. For both CTAs of the
+// cluster if shared.
+template <bool kShared>
+__device__ void load_box(void* to, const TensorMap& map, bool blocked, int block, int row, int group, u64* full,
+                         u64 policy) {
+    constexpr u16 kAll = 3;
+    const int x = blocked ? 0 : block * kTileK, z = blocked ? block : 0;
+    if constexpr (kDepth == 1 && kShared) tma_load_multicast(to, map, block * kTileK, row, group, full, policy, kAll);
+    else if constexpr (kDepth == 1) tma_load(to, map, block * kTileK, row, group, full, policy);
+    else if constexpr (kShared) tma_load_multicast(to, map, x, row, z, group, full, policy, kAll);
+    else tma_load(to, map, x, row, z, group, full, policy);
+}
+
+// In a cluster each CTA loads half of the operand that both need (half its rows; in a deep stage, half its blocks) for
+// both.
+__device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     constexpr u64 kEvictNormal = 0x1000000000000000;
-    const int rank = kCluster > 1 ? cluster_rank() : 0;
-    const int part_a = kShareA ? rank * kRowsA : 0, part_b = kShareB ? rank * kRowsB : 0;
-    const int operand_bytes = (p.a_box_rows * kClusterN + kTileN) * kTileK;
+    constexpr bool kShareA = kClusterN > 1, kShareB = kClusterM > 1, kDeep = kDepth > 1;
+    constexpr int kBlocksA = kShareA && kDeep ? kDepth / 2 : kDepth, kBlocksB = kShareB && kDeep ? kDepth / 2 : kDepth;
+    constexpr int kRowsB = kShareB && !kDeep ? kTileN / 2 : kTileN;
+    const int rank = kShare > 1 ? cluster_rank() : 0;
+    const int a_row = kShareA && !kDeep ? rank * kTileM / 2 : 0, b_row = kShareB && !kDeep ? rank * kRowsB : 0;
+    const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
+    const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const int group_a = kKind == kMasked ? tile.group : 0;
         const u32 scale_bytes = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
-        const float* sa = p.sa + group_a * p.sa_group + tile.row;
-        for (int kb = 0; kb < k_blocks; ++kb, ring.advance(), sa += p.sa_k) {
+        const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
+        for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
             if (elect_one()) {
                 u64* full = &s.full[ring.stage];
-                u8 *a = s.a[ring.stage] + part_a * kTileK, *b = s.b[ring.stage] + part_b * kTileK;
-                const int k = kb * kTileK;
+                u8 *a = s.a[ring.stage] + a_row * kTileK, *b = s.b[ring.stage];
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
-                if (scale_bytes) bulk_load(s.scales[ring.stage], sa, scale_bytes, full);
-                if constexpr (kShareA)
-                    tma_load_multicast(a, p.a, k, tile.row + part_a, group_a, full, kEvictNormal, 3);
-                else
-                    tma_load(a, p.a, k, tile.row, group_a, full, kEvictNormal);
+                if (!kDeep && scale_bytes) bulk_load(s.scales[ring.stage][0], sa, scale_bytes, full);
+                for (int j = a_block; j < a_block + kBlocksA; j += kDeep ? p.a_box_blocks : 1)
+                    load_box<kShareA>(a + j * p.a_box_rows * kTileK, p.a, p.blocked, kb + j, tile.row + a_row, group_a,
+                                      full, kEvictNormal);
                 if (kShareB && !tile.alone) {
-                    tma_load_multicast(b, p.b, k, tile.column + part_b, tile.group, full, p.b_policy, 3);
+                    for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
+                        load_box<true>(b + (j * kTileN + b_row) * kTileK, p.b, p.blocked, kb + j, tile.column + b_row,
+                                       tile.group, full, p.b_policy);
                 } else {
-                    for (int n = 0; n < kTileN; n += kRowsB)
-                        tma_load(s.b[ring.stage] + n * kTileK, p.b, k, tile.column + n, tile.group, full, p.b_policy);
+                    for (int j = 0; j < kDepth; j += kDeep ? p.b_box_blocks : 1)
+                        for (int n = 0; n < kTileN; n += kRowsB)
+                            load_box<false>(b + (j * kTileN + n) * kTileK, p.b, p.blocked, kb + j, tile.column + n,
+                                            tile.group, full, p.b_policy);
                 }
             }
             __syncwarp();
@@ -85,71 +110,36 @@ __device__ int first_copied_scale(const GemmParams& p) { return p.sa_by_bulk ? k
 // Whole warps, though B's scales need two threads: two alone in their warp made short K 8% slower.
 __device__ int scale_threads(const GemmParams& p) { return p.sa_by_bulk ? 32 : kScaleThreads; }
 
-__device__ void load_scales(const GemmParams& p, SharedStorage& s, int k_blocks) {
-    constexpr int kCopies = (kScales + kScaleThreads - 1) / kScaleThreads;
-    const int thread = threadIdx.x % 128 - 32, first = first_copied_scale(p) + thread;
+__device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
+    constexpr int kCopies = (kDepth * kScales + kScaleThreads - 1) / kScaleThreads;
+    const int thread = threadIdx.x % 128 - 32, bulk = first_copied_scale(p), count = kScales - bulk;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
         bool valid[kCopies];
-        for (int c = 0; c < kCopies; ++c) {
-            const int i = first + c * kScaleThreads;
+        for (int c = 0; c < kCopies; ++c) {                      // this thread's: scale i of block j of each stage
+            const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
             if (i < kTileM) {
                 valid[c] = i < tile.rows;
-                from[c] = p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row;
+                from[c] = p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
+                          (first_block + j) * p.sa_k;
             } else {
                 const int block = tile.column / 128 + i - kTileM;
-                valid[c] = i < kScales && block * 128 < p.n;
-                from[c] = p.sb + tile.group * p.sb_group + block * p.sb_row;
+                valid[c] = block * 128 < p.n;
+                from[c] = p.sb + tile.group * p.sb_group + block * p.sb_row + (first_block + j) * p.sb_k;
             }
-            if (!valid[c]) from[c] = p.sa;       // zeros are copied, but the address must be a good one
+            valid[c] &= j < kDepth;
         }
-        for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+        for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
-                const int i = first + c * kScaleThreads;
-                if (i < kScales) copy_async_4(&s.scales[ring.stage][i], from[c], valid[c]);
-                if (valid[c]) from[c] += i < kTileM ? p.sa_k : p.sb_k;
+                const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
+                const bool good = valid[c] && (kDepth == 1 || kb + j < last_block);
+                if (j < kDepth) copy_async_4(&s.scales[ring.stage][j][i], good ? from[c] : p.sa, good);  // or zero
+                from[c] += kDepth * (i < kTileM ? p.sa_k : p.sb_k);
             }
             copy_async_arrive(&s.full[ring.stage]);
-        }
-    }
-}
-
-// ---- consumer: epilogue --------------------------------------------------------------------------------------------
-// Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of kPanel columns.
-__device__ u32 panel_offset(int row, int column) {
-    const u32 offset = (row * kPanel + column) * sizeof(u16);
-    return offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16));
-}
-
-// 64 rows of sums, as wgmma leaves them, to bf16 in shared memory.
-__device__ void stage_wave(u16 (&panels)[kPanels][64 * kPanel], const float (&sum)[kTileN / 2]) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = warp * 16 + lane % 16;
-#pragma unroll
-    for (int j = 0; j < kTileN / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
-        const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
-        const float* v = &sum[j * 8];
-        store_matrix_x4(shared_address(panels[panel]) + panel_offset(row, column), pack_bf16(v[0], v[1]),
-                        pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
-    }
-}
-
-// What TMA can't store: strides off 16 bytes, and a group's tail, below which another group's rows begin.
-__device__ void copy_wave(const GemmParams& p, const u16 (&panels)[kPanels][64 * kPanel], u16* d, int rows,
-                          int columns) {
-    constexpr int kChunks = kTileN / 8;
-#pragma unroll 1
-    for (int i = threadIdx.x % 128; i < rows * kChunks; i += 128) {
-        const int row = i / kChunks, column = i % kChunks * 8;
-        const u8* from = reinterpret_cast<const u8*>(panels[column / kPanel]) + panel_offset(row, column % kPanel);
-        u16* to = d + row * p.d_row + column;
-        if (p.d_by_tma && column + 8 <= columns) {
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        } else {
-#pragma unroll 1
-            for (int e = 0; e < min(8, columns - column); ++e) to[e] = reinterpret_cast<const u16*>(from)[e];
         }
     }
 }
@@ -158,26 +148,56 @@ __device__ void copy_wave(const GemmParams& p, const u16 (&panels)[kPanels][64 *
 // Gives a stage back to every producer that fills it: one arrival a warp, in each CTA of the cluster.
 __device__ void release(u64* empty) {
     const int lane = threadIdx.x % 32;
-    if constexpr (kCluster == 1) {
+    if constexpr (kShare == 1) {
         if (lane == 0) barrier_arrive(empty);
-    } else if (lane < kCluster) {
+    } else if (lane < kShare) {
         barrier_arrive_remote(empty, lane);
     }
 }
 
-__device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, int consumer) {
+// The cluster's first CTA adds the sums of the others to its own, in the order of K. False in the others.
+__device__ bool add_parts(SharedStorage& s, float (&sum)[kTileN / 2], int consumer, u32& phase) {
+    const int rank = cluster_rank(), thread = threadIdx.x % 128, lane = thread % 32;
+    u64 *full = &s.parts_full[consumer], *empty = &s.parts_empty[consumer];
+    if (rank > 0) {
+        barrier_wait(empty, phase ^ 1);
+#pragma unroll
+        for (int i = 0; i < kTileN / 8; ++i)
+            if (thread < kPartThreads)
+                store_async_remote(&s.parts[rank - 1][consumer][i * kPartThreads + thread], &sum[i * 4], full, 0);
+    } else {
+        if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
+        barrier_wait(full, phase);
+#pragma unroll
+        for (int r = 0; r < kSplit - 1; ++r) {
+#pragma unroll
+            for (int i = 0; i < kTileN / 8; ++i) {
+                const float4 part = s.parts[r][consumer][i * kPartThreads + thread % kPartThreads];
+                sum[i * 4] += part.x, sum[i * 4 + 1] += part.y, sum[i * 4 + 2] += part.z, sum[i * 4 + 3] += part.w;
+            }
+        }
+        __syncwarp();
+        if (lane > 0 && lane < kSplit) barrier_arrive_remote(empty, lane);
+    }
+    phase ^= 1;
+    return rank == 0;
+}
+
+__device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
     const int first_row = consumer * kWaves * 64;
     const u32 a_first = wgmma_address(s.a[0] + first_row * kTileK), b_first = wgmma_address(s.b[0]);
-    const float* scales_first = s.scales[0] + first_row + warp * 16 + lane / 4;
+    const u32 a_block = p.a_box_rows * (kTileK / 16);            // from one block of a deep stage to the next
+    const float* scales_first = s.scales[0][0] + first_row + warp * 16 % kTileM + lane / 4;
+    u32 parts_phase = 0;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps
         // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
         if (__any_sync(0xffffffff, tile.rows <= first_row)) {
-            for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+            for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
                 barrier_wait(&s.full[ring.stage], ring.phase);
                 release(&s.empty[ring.stage]);
             }
@@ -187,62 +207,76 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int k_blocks, in
         float sum[kWaves][kTileN / 2] = {};
         const int b_split = 128 - tile.column % 128;             // columns of the tile before its second B scale
         bool landed = false;
-        for (int kb = 0; kb < k_blocks; ++kb) {
+        for (int kb = first_block; kb < last_block; kb += kDepth) {
             const int stage = ring.stage;
             if (!landed) barrier_wait(&s.full[stage], ring.phase);
-            const float *sa = scales_first + stage * kScaleSlots, *sb = s.scales[stage] + kTileM;
-            const float scale_b[] = {sb[0], sb[kSegments > 1]};
-            float scale_a[kWaves][2];
+            float scale_a[kItems][2], scale_b[kDepth][2], partial[kPartials][kTileN / 2];
 #pragma unroll
-            for (int w = 0; w < kWaves; ++w) scale_a[w][0] = sa[w * 64], scale_a[w][1] = sa[w * 64 + 8];
-#pragma unroll
-            for (int w = 0; w < kWaves; ++w) {
-                float partial[kTileN / 2];
-                const u32 a = a_first + (stage * kTileM + w * 64) * (kTileK / 16);
-                const u32 b = b_first + stage * kTileN * (kTileK / 16);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < kTileK / 32; ++k)
-                    Wgmma<kTileN>::mma(partial, wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k), k > 0);
-                wgmma_commit();
-                if (w == kWaves - 1) ring.advance();
-                wgmma_wait<0>();
+            for (int j = 0; j < kDepth; ++j) {
+                const float *sa = scales_first + (stage * kDepth + j) * kScaleSlots, *sb = s.scales[stage][j] + kTileM;
+                scale_b[j][0] = sb[0], scale_b[j][1] = sb[kSegments > 1];
+                for (int w = 0; w < kWaves; ++w) scale_a[w + j][0] = sa[w * 64], scale_a[w + j][1] = sa[w * 64 + 8];
+            }
+            auto promote = [&](int item) {
+                const int w = kDepth > 1 ? 0 : item, j = kDepth > 1 ? item : 0;
+                if (kDepth > 1 && kb + j >= last_block) return;
                 float scale[kSegments][2];
 #pragma unroll
                 for (int i = 0; i < kSegments; ++i)
                     for (int half = 0; half < 2; ++half)
-                        scale[i][half] = scale_a[w][half] * (i * kSegment < b_split ? scale_b[0] : scale_b[1]);
-                if (w == kWaves - 1) {                           // before the promotion: neither side need wait for it
-                    release(&s.empty[stage]);
-                    landed = barrier_test(&s.full[ring.stage], ring.phase);
-                }
+                        scale[i][half] = scale_a[item][half] * (i * kSegment < b_split ? scale_b[j][0] : scale_b[j][1]);
 #pragma unroll
-                for (int i = 0; i < kTileN / 2; ++i) sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[i];
+                for (int i = 0; i < kTileN / 2; ++i)
+                    sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i];
+            };
+#pragma unroll
+            for (int item = 0; item < kItems; ++item) {
+                const int w = kDepth > 1 ? 0 : item, j = kDepth > 1 ? item : 0;
+                const u32 a = a_first + (stage * kDepth * kTileM + w * 64) * (kTileK / 16) + j * a_block;
+                const u32 b = b_first + (stage * kDepth + j) * kTileN * (kTileK / 16);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < kTileK / 32; ++k)
+                    Wgmma<kTileN>::mma(partial[item % kPartials], wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k),
+                                       k > 0);
+                wgmma_commit();
+                const int done = item - (kPartials - 1);         // the next one's wgmma hides this one's promotion
+                if (done >= 0 && done < kItems - 1) wgmma_wait<kPartials - 1>(), promote(done);
             }
+            ring.advance();
+            wgmma_wait<0>();
+            release(&s.empty[stage]);                            // before the promotion: neither side need wait for it
+            landed = barrier_test(&s.full[ring.stage], ring.phase);
+            promote(kItems - 1);
         }
+        if constexpr (kSplit > 1)
+            if (!add_parts(s, sum[0], consumer, parts_phase)) continue;
 
-        if (leader) tma_store_wait_read();                       // the last tile's store has left the buffer
-        named_barrier_sync(1 + consumer, 128);
+        const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
+        // TMA clips at D's edges by itself, which is enough for dense.
+        auto by_tma = [&](int rows) { return kStaged && p.d_by_tma && (rows >= 64 || kKind == kDense); };
+        if (by_tma(tile.rows - first_row)) {
+            if (leader) tma_store_wait_read();                   // the last tile's store has left the buffer
+            named_barrier_sync(1 + consumer, 128);
 #pragma unroll
-        for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer][w], sum[w]);
-        fence_async_proxy();
-        named_barrier_sync(1 + consumer, 128);
+            for (int w = 0; w < kWaves; ++w)
+                if constexpr (kStaged) stage_wave(s.d[consumer][w], sum[w]);
+            fence_async_proxy();
+            named_barrier_sync(1 + consumer, 128);
+        }
 #pragma unroll
         for (int w = 0; w < kWaves; ++w) {
-            const int first = first_row + w * 64, rows = min(tile.rows - first, 64), columns = p.n - tile.column;
-            const int row = tile.row + first, group = kKind == kMasked ? tile.group : 0;
-            if (p.d_by_tma && (rows == 64 || kKind == kDense)) {         // dense: TMA clips at D's edges by itself
-                if (leader && rows > 0)
-                    for (int i = 0; i < kPanels && i * kPanel < columns; ++i)
-                        tma_store(p.d, s.d[consumer][w][i], tile.column + i * kPanel, row, group);
-            } else {
-                u16* d = p.d_data + group * p.d_group + row * p.d_row + tile.column;
-                copy_wave(p, s.d[consumer][w], d, rows, columns);
-            }
+            const int first = first_row + w * 64, row = tile.row + first;
+            const int rows = min(tile.rows - first, min(kTileM, 64));
+            if (!by_tma(rows))
+                store_wave(p, sum[w], p.d_data + group * p.d_group + row * p.d_row + tile.column, rows, columns);
+            else if (leader && rows > 0)
+                for (int i = 0; i < kPanels && i * kPanel < columns; ++i)
+                    tma_store(p.d, s.d[consumer][w][i], tile.column + i * kPanel, row, group);
         }
         if (leader) tma_store_commit();
     }
-    if (leader) tma_store_wait();
+    if (leader && p.d_by_tma) tma_store_wait();
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
@@ -251,26 +285,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
 
-    if (threadIdx.x == 0) {
+    // The warp that loads sets up the barriers, and goes ahead of the others: until its first load lands, all wait.
+    const bool loads = warp == kConsumers * 4;
+    if (loads && elect_one()) {
         prefetch_map(p.a), prefetch_map(p.b);
-        if (p.d_by_tma) prefetch_map(p.d);
         for (int i = 0; i < kStages; ++i) {
             barrier_init(&s.full[i], 1 + scale_threads(p));
-            barrier_init(&s.empty[i], kConsumers * 4 * kCluster);
+            barrier_init(&s.empty[i], kConsumers * 4 * kShare);
         }
+        for (int i = 0; i < kConsumers; ++i) barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], 4);
         fence_barrier_init();
     }
-    if constexpr (kCluster > 1) cluster_sync_barriers();
-    else __syncthreads();
+    if (kCluster > 1) __syncwarp(), cluster_sync_barriers();
+    else if (loads) __syncwarp(), named_barrier_arrive(0, kThreads);
+    else named_barrier_sync(0, kThreads);
+    dependents_launch();
+    dependency_wait();                           // nothing above has touched the operands
 
-    const int k_blocks = (p.k + kTileK - 1) / kTileK;
+    // This CTA's share of K, in whole stages.
+    const int rank = kSplit > 1 ? cluster_rank() : 0, blocks = (p.k + kTileK - 1) / kTileK;
+    const int stages = (blocks + kDepth - 1) / kDepth;
+    const int first = stages * rank / kSplit * kDepth, last = min(stages * (rank + 1) / kSplit * kDepth, blocks);
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers == 2) registers_decrease<40>();
-        if (warp % 4 == 0) load_operands(p, s, k_blocks);
-        else if ((warp % 4 - 1) * 32 < scale_threads(p)) load_scales(p, s, k_blocks);
+        if (warp % 4 == 0) load_operands(p, s, first, last);
+        else if ((warp % 4 - 1) * 32 < scale_threads(p)) load_scales(p, s, first, last);
     } else {
         if constexpr (kConsumers == 2) registers_increase<232>();
-        multiply(p, s, k_blocks, warpgroup);
+        multiply(p, s, first, last, warpgroup);
     }
     if constexpr (kCluster > 1) cluster_sync();  // a peer may still write here or arrive at these barriers
 }

@@ -11,19 +11,22 @@ enum Kind { kDense = 0, kContiguous = 1, kRagged = 2, kMasked = 3 };
 
 // One GEMM: D[g][m, n] = sum over kb of sa[m, kb] * sb[n / 128, kb] * (A[m, kb] . B[n, kb]). All strides in elements.
 struct GemmParams {
-    TensorMap a, b, d;                           // (k, row, group) in boxes of 128 x rows; d: (n, row, group)
+    int m, n, k, groups;                         // m: rows of one group for masked, of all of A otherwise
+    int raster;                                  // rows of cluster tiles walked together before the next column band
+    int a_box_rows;                              // of A that a CTA loads: fewer than a tile where A is shorter
+    int a_box_blocks, b_box_blocks;              // blocks of K in a box of A, of B
+    int blocked;                                 // boxes hold several blocks: of deep stages, where K is whole blocks
+    int d_by_tma;                                // D's base and strides suit TMA (16-byte multiples)
+    int sa_by_bulk;                              // A's scales have rows fastest, in multiples of 16 bytes
+    unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
+    // (k, row, group), d: (n, row, group); of deep stages a, b: (k, row, 1, group), blocked (128, row, k / 128, group).
+    TensorMap a, b, d;
     const unsigned char *a_data, *b_data;        // e4m3; the GEMM kernel reads them by the maps
     unsigned short* d_data;                      // bf16
     const float *sa, *sb;
     const int* layout;                           // m_indices, group_ends or masked_m, on the device; null if dense
     long long a_row, a_group, b_row, b_group, d_row, d_group;
     long long sa_row, sa_k, sa_group, sb_row, sb_k, sb_group;
-    int a_box_rows;                              // of A that a CTA loads: fewer than a tile where A is shorter
-    int m, n, k, groups;                         // m: rows of one group for masked, of all of A otherwise
-    int raster;                                  // rows of cluster tiles walked together before the next column band
-    int d_by_tma;                                // D's base and strides suit TMA (16-byte multiples)
-    int sa_by_bulk;                              // A's scales have rows fastest, in multiples of 16 bytes
-    unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
 };
 
 // One quantisation: x (rows, columns) -> q e4m3, s FP32. Strides in elements.

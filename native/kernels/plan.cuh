@@ -8,6 +8,8 @@
 #define STAGES 5
 #define CLUSTER_M 1
 #define CLUSTER_N 2
+#define DEPTH 1
+#define SPLIT 1
 #define KIND 0
 #endif
 
@@ -17,11 +19,17 @@ constexpr int kKind = KIND;
 constexpr int kTileM = TILE_M, kTileN = TILE_N;
 constexpr int kTileK = 128;                                      // bytes, e4m3 elements: a scale block, a swizzled row
 constexpr int kStages = STAGES;
-constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N, kCluster = kClusterM * kClusterN;
+constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N;      // CTAs that share a B tile, an A tile
+constexpr int kSplit = SPLIT;                                    // CTAs of a cluster that share the K of one tile
+constexpr int kShare = kClusterM * kClusterN, kCluster = kShare * kSplit;
+constexpr int kDepth = DEPTH;                                    // blocks of K in a stage
 
-constexpr int kConsumers = kTileM == 64 ? 1 : 2;                 // math warpgroups
-constexpr int kWaves = kTileM / (64 * kConsumers);               // 64-row wgmma blocks of a consumer, one after another
+constexpr int kConsumers = kTileM <= 64 ? 1 : 2;                 // math warpgroups
+constexpr int kWaves = kTileM <= 64 ? 1 : kTileM / 128;          // 64-row blocks of a consumer, one after another
 constexpr int kThreads = 128 * (kConsumers + 1);
+
+constexpr int kItems = kWaves * kDepth;                          // of a consumer and stage: 64 rows, a block of K
+constexpr int kPartials = kDepth > 1 ? 2 : 1;                    // partial sums alive at a time
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr int kScales = kTileM + 2;                              // a stage's: of A, one a row; of B, at most two
 constexpr int kScaleSlots = kTileM + 4;                          // bulk copies write at multiples of 16 bytes
@@ -31,11 +39,14 @@ constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that
 constexpr int kSegments = kTileN / kSegment;
 constexpr int kPanel = greatest_common_divisor(kTileN, 64);      // columns of D stored together, swizzled
 constexpr int kPanels = kTileN / kPanel;
+constexpr bool kStaged = kTileM >= 64;                           // D passes through shared memory, for TMA stores
+constexpr int kPanelSize = (kStaged ? 64 : 1) * kPanel;
 
-static_assert(kTileM == 64 || kTileM == 128 || kTileM == 256, "64 rows a wgmma, one or two waves of two consumers");
+static_assert(kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 256, "see kWaves");
 static_assert(kTileN % 16 == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
-static_assert(kCluster <= 2, "wider clusters do not reach every SM");
+static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
+static_assert(kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
 static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
 
 }  // namespace fp8gemm

@@ -29,6 +29,13 @@ PTX void cluster_sync_barriers() {               // after fence_barrier_init: no
 PTX void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
+PTX void named_barrier_arrive(int id, int threads) {             // counts as a sync, and does not wait
+    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+// Programmatic dependent launch. wait: until the kernels before this one are done and their writes can be seen; launch:
+// the next kernel may be set up beside this one.
+PTX void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+PTX void dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 template <int N> PTX void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> PTX void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
 
@@ -50,6 +57,13 @@ PTX void barrier_arrive_remote(u64* barrier, u32 rank) {
     asm volatile("{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
                  :: "r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+// Four floats into the shared memory of CTA `rank`, 16 bytes that its barrier counts.
+PTX void store_async_remote(const void* to, const float* v, u64* barrier, u32 rank) {
+    asm volatile("{ .reg .b32 data, bar; mapa.shared::cluster.u32 data, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;\n"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [data], {%3, %4, %5, %6}, [bar]; }"
+                 :: "r"(shared_address(to)), "r"(shared_address(barrier)), "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+                    "f"(v[3]) : "memory");
 }
 PTX bool barrier_try_wait(u64* barrier, u32 phase) {
     u32 done;
@@ -73,7 +87,7 @@ PTX void barrier_wait(u64* barrier, u32 phase) {
 #endif
 }
 
-// ---- TMA: boxes of a 3-dimensional tensor --------------------------------------------------------------------------
+// ---- TMA: boxes of a tensor of three dimensions, or four -----------------------------------------------------------
 PTX void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory"); }
 PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
@@ -81,10 +95,23 @@ PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barr
                  :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)),
                     "l"(policy) : "memory");
 }
+PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                 " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier)),
+                    "l"(policy) : "memory");
+}
 PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy, u16 ranks) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                  ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;"
                  :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)),
+                    "h"(ranks), "l"(policy) : "memory");
+}
+PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64 policy,
+                            u16 ranks) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;"
+                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier)),
                     "h"(ranks), "l"(policy) : "memory");
 }
 PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {        // contiguous, multiples of 16 bytes

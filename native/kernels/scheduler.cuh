@@ -53,10 +53,13 @@ private:
     // The tile's corner: the `in_group`-th of a group of `rows` rows that begin at `start`.
     __device__ void place(Tile& tile, int in_group, int start, int rows) const {
         const int rank = kCluster > 1 ? cluster_rank() : 0;
-        const int band = in_group / (p.raster * columns), in_band = in_group - band * p.raster * columns;
-        const int height = min(p.raster, ceil_div(rows, kRows) - band * p.raster);
-        const int m = (band * p.raster + in_band % height) * kClusterM + (kClusterM > 1 ? rank : 0);
-        const int n = (in_band / height) * kClusterN + (kClusterN > 1 ? rank : 0);
+        int m = 0, n = in_group;
+        if (rows > kRows) {                      // one row of tiles starts sooner without the divisions
+            const int band = in_group / (p.raster * columns), in_band = in_group - band * p.raster * columns;
+            const int height = min(p.raster, ceil_div(rows, kRows) - band * p.raster);
+            m = band * p.raster + in_band % height, n = in_band / height;
+        }
+        m = m * kClusterM + (kClusterM > 1 ? rank : 0), n = n * kClusterN + (kClusterN > 1 ? rank : 0);
         tile.row = start + m * kTileM;
         tile.rows = rows - m * kTileM;
         tile.column = n * kTileN;
