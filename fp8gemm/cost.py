@@ -12,8 +12,8 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
 
 and every tile adds its epilogue, every split of K its exchange. Waves come out by themselves: a CTA's number of tiles is
 rounded up. Against all that stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same on
-every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 2,700 measured
-(problem, plan) pairs: seven weights, M = 1 .. 8192, and nine grouped problems. There the default is 0.8% slower than the
+every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 4,600 measured
+(problem, plan) pairs: seven weights, M = 1 .. 8192, and nine grouped problems. There the default is 1.8% slower than the
 best plan in the geometric mean and 12% at worst (native/README.md).
 """
 
@@ -27,21 +27,22 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.196  # reads and writes get in each other's way
-L2_BYTES_PER_CYCLE = 59.6  # one SM's share
-L2_MISS = 2.61  # of a missed byte's own cost
-WGMMA_LATENCY, DEEP_LATENCY = 112, 157
-PROMOTION = 1.25  # cycles of an FMA, which competes with the tensor core for registers
-BARRIERS = 52  # a stage's
-TMA_ISSUE = 110
-EPILOGUE, DIRECT_EPILOGUE = 690, 825
-STORE_BYTES_PER_CYCLE = {64: 67.9, 32: 32.9, 16: 16.1}  # by the columns that a TMA store takes at a time
-LAUNCH = 147
-LAUNCH_CLUSTER = 2440
-EXCHANGE = 3300  # of the sums of a split K, its cluster's launch with it
+SHARED_CONFLICT = 1.051  # reads and writes get in each other's way
+L2_BYTES_PER_CYCLE = 46.7  # one SM's share
+L2_MISS = 0.554  # of a missed byte's own cost
+WGMMA_LATENCY, DEEP_LATENCY = 51.6, 98.1
+PROMOTION = 1.7  # cycles of an FMA, which competes with the tensor core for registers
+BARRIERS = 54.6  # a stage's
+TMA_ISSUE = 109
+EPILOGUE = 654
+DIRECT_EPILOGUE, DIRECT_COLUMN = 642, 2.91
+STORE_BYTES_PER_CYCLE = {64: 45.4, 32: 28.6, 16: 9.4}  # by the columns that a TMA store takes at a time
+LAUNCH = 3390  # until the first stage has landed
+LAUNCH_CLUSTER = 2790
+EXCHANGE, EXCHANGE_COLUMN = 2550, 1.07  # of the sums of a split K, its cluster's launch with it
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.549
+MEMORY_EFFICIENCY = 0.642
 DEFAULT_BANDWIDTH = 3.35e12
 
 
@@ -62,7 +63,9 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
     memory = (unique + groups * rows * problem.n * 2) / bandwidth
-    start = LAUNCH + (LAUNCH_CLUSTER if shared_by > 1 else 0) + (EXCHANGE if plan.split > 1 else 0)
+    start = LAUNCH + (LAUNCH_CLUSTER if shared_by > 1 else 0)
+    if plan.split > 1:
+        start += EXCHANGE + EXCHANGE_COLUMN * plan.split * plan.tile_n
     return start + max(compute, memory)
 
 
@@ -94,7 +97,7 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
 def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
     if plan.tile_m < 64:
-        return DIRECT_EPILOGUE
+        return DIRECT_EPILOGUE + DIRECT_COLUMN * plan.tile_n
     return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
 
 
