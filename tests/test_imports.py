@@ -181,6 +181,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "problem": native.Problem,
     "plan": native.Plan,
     "cpu_plan": native.CpuPlan,
+    "key": native.Key,
+    "entry": native.Entry,
     "device": native.Device,
     "error": native._Error,
 }
