@@ -436,6 +436,7 @@ def hopper_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every GPU is an H100, as far as the planner knows; no compiler is known yet, no kernel loaded."""
     monkeypatch.setattr(device, "read_device", lambda device_id: H100)
     monkeypatch.setattr(backends, "_kernels", {})
+    monkeypatch.setattr(native.library(), "require_no_capture", lambda device_id, stream: None)
     forget = compiler.compiler.cache_clear
     forget()
     yield
