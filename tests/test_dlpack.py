@@ -3,12 +3,13 @@
 import ctypes
 import gc
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
-from typing import Any, ClassVar
+from ctypes import c_int64
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from dlpack_structs import DELETER, LEGACY, USED, VERSIONED, DLTensor, Legacy, Versioned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import Array, Rng, check_accuracy, in_child, random_operands
@@ -26,43 +27,6 @@ from fp8gemm import (
     problem,
 )
 
-# ---- DLPack's structs, as its specification has them
-
-
-class DLTensor(Structure):
-    _fields_: ClassVar = [
-        ("data", c_void_p),
-        ("device_type", c_int32),
-        ("device_id", c_int32),
-        ("ndim", c_int32),
-        ("code", c_uint8),
-        ("bits", c_uint8),
-        ("lanes", c_uint16),
-        ("shape", POINTER(c_int64)),
-        ("strides", POINTER(c_int64)),
-        ("byte_offset", c_uint64),
-    ]
-
-
-DELETER = ctypes.CFUNCTYPE(None, c_void_p)
-
-
-class Legacy(Structure):
-    _fields_: ClassVar = [("tensor", DLTensor), ("context", c_void_p), ("deleter", DELETER)]
-
-
-class Versioned(Structure):
-    _fields_: ClassVar = [
-        ("major", c_uint32),
-        ("minor", c_uint32),
-        ("context", c_void_p),
-        ("deleter", DELETER),
-        ("flags", c_uint64),
-        ("tensor", DLTensor),
-    ]
-
-
-LEGACY, VERSIONED, USED = b"dltensor", b"dltensor_versioned", b"used_dltensor"
 CODES = {"u": 1, "i": 0, "f": 2}
 
 
