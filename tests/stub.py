@@ -90,6 +90,16 @@ def set_stream(device_id: int, stream: int) -> None:
     _tensors().stub_set_stream(device_id, ctypes.c_void_p(stream))
 
 
+def flag(name: str) -> ctypes.c_int:
+    """A setting or counter of the stub driver."""
+    return ctypes.c_int.in_dll(driver(), name)
+
+
+def modules() -> int:
+    """Kernels that were loaded."""
+    return flag("stub_modules").value
+
+
 def launches(since: int = 0) -> list[dict[str, Any]]:
     """What was launched, oldest first."""
     text = ctypes.create_string_buffer(4096)
@@ -100,8 +110,8 @@ def launches(since: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-class _Record(ctypes.Structure):
-    """`Record` of stub_tensors.cpp."""
+class Record(ctypes.Structure):
+    """A tensor, as stub_tensors.cpp has it."""
 
     _fields_: ClassVar = [
         ("data", ctypes.c_void_p),
@@ -158,7 +168,7 @@ class Tensor(bytes):
                 strides.insert(0, step)
                 step *= max(extent, 1)
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        record = _Record(device_type=2, device_id=device, ndim=len(shape), lanes=1)
+        record = Record(device_type=2, device_id=device, ndim=len(shape), lanes=1)
         record.code, record.bits = dtype
         record.shape[: len(shape)] = list(shape)
         record.strides[: len(shape)] = list(strides)
@@ -169,7 +179,15 @@ class Tensor(bytes):
 
     @property
     def address(self) -> int:
-        return int(_Record.from_buffer_copy(self).data)
+        return int(Record.from_buffer_copy(self).data)
+
+
+def record(tensor: Tensor) -> Record:
+    return Record.from_buffer_copy(tensor)
+
+
+def of_record(changed: Record) -> Tensor:
+    return bytes.__new__(Tensor, bytes(changed))
 
 
 class Managed:
@@ -184,14 +202,14 @@ class Managed:
         self._alive: list[Any] = []
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        record = _Record.from_buffer_copy(self.tensor)
+        record = Record.from_buffer_copy(self.tensor)
         return record.device_type, record.device_id
 
     def _delete(self, _: int) -> None:
         self.deleted += 1
 
     def __dlpack__(self, stream: int | None = None, max_version: object = None) -> object:
-        record = _Record.from_buffer_copy(self.tensor)
+        record = Record.from_buffer_copy(self.tensor)
         inner = DLTensor.from_buffer_copy(self.tensor)
         inner.shape = (ctypes.c_int64 * 4)(*record.shape)
         inner.strides = None if record.no_strides else (ctypes.c_int64 * 4)(*record.strides)

@@ -46,6 +46,9 @@ void* current() { return depth ? contexts[depth - 1] : nullptr; }
 extern "C" {
 __attribute__((visibility("default"))) std::atomic<int> stub_launch_result{0}, stub_launches_wait{0}, stub_waiting{0};
 __attribute__((visibility("default"))) std::atomic<int> stub_modules{0};         // loaded
+// Launches in another context than their kernel's, or by another plan than "plan3" says: 3 is to be its raster. Those of
+// such names are not kept.
+__attribute__((visibility("default"))) std::atomic<int> stub_wrong_launches{0};
 }
 
 CALL(cuInit, unsigned) { return 0; }
@@ -93,11 +96,18 @@ CALL(cuLaunchKernelEx, const fp8gemm::CUlaunchConfig* config, const Function* fu
     while (stub_launches_wait.load()) {}
     --stub_waiting;
     if (int result = stub_launch_result.load()) return result;
+    const auto& params = *static_cast<const fp8gemm::GemmParams*>(arguments[0]);
+    if (current() != context_of(function->device)) ++stub_wrong_launches;
+    if (!strncmp(function->name, "plan", 4)) {
+        if (params.raster != atoi(function->name + 4)) ++stub_wrong_launches;
+        ++launches;
+        return 0;
+    }
     Launch& launch = kept[launches.fetch_add(1) % kKept];
     launch.config = *config, launch.function = function, launch.context = current();
     launch.cluster = config->attribute_count ? config->attributes[0].cluster.x : 1;
     const bool gemm = !strcmp(function->name, "fp8gemm_gemm") || !strcmp(function->name, "fp8gemm_reference");
-    if (gemm) memcpy(&launch.params, arguments[0], sizeof launch.params);
+    if (gemm) memcpy(&launch.params, &params, sizeof params);
     return 0;
 }
 CALL(cuMemAllocAsync, Pointer* data, size_t bytes, void* stream) {
