@@ -72,7 +72,7 @@ def on_stub_gpus(test: Callable[[], object]) -> Callable[[Path], None]:
 
 def quiet() -> None:
     """No more of what the stub says of streams and memory."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    flag("stub_quiet").value = 1
 
 
 @functools.cache
@@ -197,28 +197,33 @@ class Managed:
     """
 
     def __init__(self, tensor: Tensor, **fields: Any) -> None:
-        self.tensor, self.fields = tensor, {"versioned": False, "version": (1, 0), "flags": 0, "name": None} | fields
-        self.made, self.deleted, self.streams = 0, 0, list[Any]()
+        self.tensor = tensor
+        self.fields: dict[str, Any] = {"versioned": False, "version": (1, 0), "flags": 0, "name": None} | fields
+        self.made, self.streams = 0, list[Any]()
+        self._deleted = ctypes.c_int64()
         self._alive: list[Any] = []
+
+    @property
+    def deleted(self) -> int:
+        return self._deleted.value
 
     def __dlpack_device__(self) -> tuple[int, int]:
         record = Record.from_buffer_copy(self.tensor)
         return record.device_type, record.device_id
-
-    def _delete(self, _: int) -> None:
-        self.deleted += 1
 
     def __dlpack__(self, stream: int | None = None, max_version: object = None) -> object:
         record = Record.from_buffer_copy(self.tensor)
         inner = DLTensor.from_buffer_copy(self.tensor)
         inner.shape = (ctypes.c_int64 * 4)(*record.shape)
         inner.strides = None if record.no_strides else (ctypes.c_int64 * 4)(*record.strides)
-        deleter, versioned = DELETER(self._delete), self.fields["versioned"]
+        versioned = self.fields["versioned"]
         name = self.fields["name"] or (VERSIONED if versioned else LEGACY)
-        export: Any = Legacy(inner, None, deleter)
+        deleter = ctypes.cast(_tensors()["stub_delete_versioned" if versioned else "stub_delete"], DELETER)
+        context = ctypes.addressof(self._deleted)
+        export: Any = Legacy(inner, context, deleter)
         if versioned:
-            export = Versioned(*self.fields["version"], None, deleter, self.fields["flags"], inner)
-        self._alive.append((export, deleter))
+            export = Versioned(*self.fields["version"], context, deleter, self.fields["flags"], inner)
+        self._alive.append(export)
         self.made += name in (LEGACY, VERSIONED)  # nobody deletes what has another name
         self.streams.append(stream)
         return dlpack._api.PyCapsule_New(ctypes.addressof(export), name, native.library().capsule_delete_address)

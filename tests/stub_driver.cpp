@@ -12,6 +12,15 @@
 #define CALL(name, ...) extern "C" __attribute__((visibility("default"))) int name(__VA_ARGS__)
 using Pointer = unsigned long long;
 
+// Set by tests: what launches return, and whether they wait.
+extern "C" {
+__attribute__((visibility("default"))) std::atomic<int> stub_launch_result{0}, stub_launches_wait{0}, stub_waiting{0}, stub_quiet{0};
+__attribute__((visibility("default"))) std::atomic<int> stub_modules{0};         // loaded
+// Launches in another context than their kernel's, or by another plan than "plan3" says: 3 is to be its raster. Those of
+// such names are not kept.
+__attribute__((visibility("default"))) std::atomic<int> stub_wrong_launches{0};
+}
+
 namespace {
 
 struct Map {                                     // what a tensor map of ours says: the arguments it was encoded with
@@ -37,19 +46,14 @@ std::atomic<long> launches{0};
 thread_local void* contexts[8];
 thread_local int depth = 0;
 
+template <class... Values> void say(const char* format, Values... values) {
+    if (!stub_quiet.load()) fprintf(stderr, format, values...);
+}
+
 void* context_of(int device) { return reinterpret_cast<void*>(static_cast<uintptr_t>(8 + device)); }
 void* current() { return depth ? contexts[depth - 1] : nullptr; }
 
 }  // namespace
-
-// Set by tests: what launches return, and whether they wait.
-extern "C" {
-__attribute__((visibility("default"))) std::atomic<int> stub_launch_result{0}, stub_launches_wait{0}, stub_waiting{0};
-__attribute__((visibility("default"))) std::atomic<int> stub_modules{0};         // loaded
-// Launches in another context than their kernel's, or by another plan than "plan3" says: 3 is to be its raster. Those of
-// such names are not kept.
-__attribute__((visibility("default"))) std::atomic<int> stub_wrong_launches{0};
-}
 
 CALL(cuInit, unsigned) { return 0; }
 CALL(cuDriverGetVersion, int* version) { *version = 13000; return 0; }
@@ -111,12 +115,12 @@ CALL(cuLaunchKernelEx, const fp8gemm::CUlaunchConfig* config, const Function* fu
     return 0;
 }
 CALL(cuMemAllocAsync, Pointer* data, size_t bytes, void* stream) {
-    fprintf(stderr, "allocate %zu on %p\n", bytes, stream);
+    say("allocate %zu on %p\n", bytes, stream);
     *data = reinterpret_cast<Pointer>(malloc(bytes));
     return 0;
 }
 CALL(cuMemFreeAsync, Pointer data, void* stream) {
-    fprintf(stderr, "free on %p\n", stream);
+    say("free on %p\n", stream);
     free(reinterpret_cast<void*>(data));
     return 0;
 }
@@ -124,10 +128,10 @@ CALL(cuMemcpyDtoH_v2, void*, Pointer, size_t) { return 0; }
 CALL(cuStreamSynchronize, void*) { return 0; }
 CALL(cuStreamCreate, void** stream, unsigned) { *stream = reinterpret_cast<void*>(0x77); return 0; }
 CALL(cuStreamIsCapturing, void* stream, int* status) { *status = stream == reinterpret_cast<void*>(0xca); return 0; }
-CALL(cuStreamWaitEvent, void* stream, void*, unsigned) { fprintf(stderr, "wait on %p\n", stream); return 0; }
+CALL(cuStreamWaitEvent, void* stream, void*, unsigned) { say("wait on %p\n", stream); return 0; }
 CALL(cuThreadExchangeStreamCaptureMode, int*) { return 0; }
 CALL(cuEventCreate, void** event, unsigned) { *event = reinterpret_cast<void*>(8); return 0; }
-CALL(cuEventRecord, void*, void* stream) { fprintf(stderr, "record on %p\n", stream); return 0; }
+CALL(cuEventRecord, void*, void* stream) { say("record on %p\n", stream); return 0; }
 CALL(cuEventQuery, void*) { return 0; }
 CALL(cuEventDestroy_v2, void*) { return 0; }
 

@@ -45,6 +45,14 @@ int current_work_stream(int32_t, int32_t device_id, void** stream) {
 extern "C" __attribute__((visibility("default"))) void stub_set_stream(int device_id, void* stream) {
     streams[device_id & 7] = stream;
 }
+// Deleters, which count in the managed tensor's context. In Python they would run with an exception pending.
+extern "C" __attribute__((visibility("default"))) void stub_delete(ManagedTensor* managed) {
+    ++*static_cast<int64_t*>(managed->context);
+}
+extern "C" __attribute__((visibility("default"))) void stub_delete_versioned(ManagedTensorVersioned* managed) {
+    ++*static_cast<int64_t*>(managed->context);
+}
+
 extern "C" {
 __attribute__((visibility("default")))
 ExchangeApi stub_exchange_api = {{1, 3}, nullptr, nullptr, nullptr, nullptr, tensor_from_object, current_work_stream};

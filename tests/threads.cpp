@@ -1,6 +1,7 @@
 // Eight threads on the host library and the stub driver, to be watched by the thread sanitizer: four that call, on two
 // devices, two that replace plans, one that lists them, one that changes SM limits and forgets.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdio>
