@@ -566,19 +566,24 @@ def test_stream_of_a_framework() -> None:
 
 
 def test_cuda_producers_get_the_stream() -> None:
-    """And CPU producers, which know none, do not."""
+    """And CPU producers that refuse one are asked without; what a CUDA producer raises is the caller's to see."""
     seen: list[Any] = []
 
     class Recorder(Producer):
         def __dlpack__(self, *, max_version: tuple[int, int] | None = None, stream: Any = "none given") -> object:
             seen.append(stream)
+            if stream != "none given" and (self.array is refusing or not self.fields):
+                raise RuntimeError("no stream here")
             return super().__dlpack__()
 
+    refusing = np.zeros((2, 2), np.float32)
     array = np.zeros((2, 2), np.float32)
     dlpack.read(Recorder(array, device_type=2), "x", 77)
     dlpack.read(Recorder(array, device_type=2), "x")
     dlpack.read(Recorder(array), "x", 77)
-    assert seen == [77, "none given", "none given"]
+    assert seen == [77, "none given", 77, "none given"]
+    with pytest.raises(RuntimeError, match="no stream here"):
+        dlpack.read(Recorder(refusing, device_type=2), "x", 77)
 
 
 # ---- what a stream may still use
