@@ -38,6 +38,7 @@ struct Launch {
     const Function* function;
     void* context;
     fp8gemm::GemmParams params;
+    std::atomic<long> number;                    // from 1; written last
 };
 
 constexpr int kKept = 4096;
@@ -107,11 +108,13 @@ CALL(cuLaunchKernelEx, const fp8gemm::CUlaunchConfig* config, const Function* fu
         ++launches;
         return 0;
     }
-    Launch& launch = kept[launches.fetch_add(1) % kKept];
+    const long i = launches.fetch_add(1);
+    Launch& launch = kept[i % kKept];
     launch.config = *config, launch.function = function, launch.context = current();
     launch.cluster = config->attribute_count ? config->attributes[0].cluster.x : 1;
     const bool gemm = !strcmp(function->name, "fp8gemm_gemm") || !strcmp(function->name, "fp8gemm_reference");
     if (gemm) memcpy(&launch.params, &params, sizeof params);
+    launch.number.store(i + 1, std::memory_order_release);
     return 0;
 }
 CALL(cuMemAllocAsync, Pointer* data, size_t bytes, void* stream) {
@@ -142,6 +145,7 @@ extern "C" __attribute__((visibility("default"))) long stub_launch_count() { ret
 // Launch number i, of the last few thousand, as JSON.
 CALL(stub_launch, long i, char* text, size_t size) {
     const Launch& l = kept[i % kKept];
+    while (l.number.load(std::memory_order_acquire) < i + 1) {}
     const fp8gemm::GemmParams& p = l.params;
     char maps[3][256];
     const fp8gemm::TensorMap* all[] = {&p.a, &p.b, &p.d};

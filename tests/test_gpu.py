@@ -488,7 +488,7 @@ def test_threads_call_at_once(torch: Any, tools: Tools) -> None:
             for listed in planner.listing():
                 if not listed.key.reference and listed.key.device_type == native.CUDA:
                     planner.publish(listed.key, Plan(64, 64, 4, num_sms=100), True)
-                    planner.resolve(listed.key)
+                    planner.publish(listed.key, Plan(128, 128, 4, num_sms=100), True)
     for worker in workers:
         for which, d in worker.result():
             tools.check(d, exact[which])

@@ -130,7 +130,8 @@ FP8GEMM_API int fp8gemm_describe(fp8gemm_operands *operands, fp8gemm_problem *pr
 FP8GEMM_API int32_t fp8gemm_bucket(int64_t m);                  /* rows for which one plan serves */
 FP8GEMM_API void fp8gemm_make_key(const fp8gemm_problem *problem, int64_t expected_m, int batch_invariant, fp8gemm_key *key);
 FP8GEMM_API const fp8gemm_entry *fp8gemm_find(const fp8gemm_key *key);           /* null: a miss; else counts a call */
-FP8GEMM_API int fp8gemm_put(const fp8gemm_entry *entry);                         /* replaces what its key had */
+/* Replaces what its key had, but for a plan from the store that one from elsewhere would replace. */
+FP8GEMM_API int fp8gemm_put(const fp8gemm_entry *entry);
 /* Copies entries with their calls since the last listing, which starts the count anew; returns how many there are. */
 FP8GEMM_API size_t fp8gemm_entries(fp8gemm_entry *entries, uint64_t *calls, size_t capacity);
 FP8GEMM_API void fp8gemm_forget_plans(void);                    /* every problem is a miss again */
