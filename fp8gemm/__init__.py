@@ -27,6 +27,7 @@ from .layout import (
     get_m_alignment_for_contiguous_layout,
     get_tma_aligned_size,
 )
+from .planner import Prepared, Shapes, prepare
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
 __version__ = "0.1.0"
@@ -43,7 +44,9 @@ __all__ = [
     "NotPrepared",
     "OperandError",
     "PlanError",
+    "Prepared",
     "ShapeError",
+    "Shapes",
     "Tensor",
     "ceil_div",
     "gemm_fp8_fp8_bf16_nt",
@@ -55,5 +58,6 @@ __all__ = [
     "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
     "per_block_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "prepare",
     "set_num_sms",
 ]

@@ -8,34 +8,35 @@ from typing import NamedTuple
 
 from . import compiler, device, native
 from .errors import BackendUnavailable, CompilerNotFound
-from .plan import Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
+from .plan import Kernel, cast_kernel, copy_kernel
 
 _kernels: dict[tuple[int, Kernel], ctypes.c_void_p] = {}
 _lock = threading.Lock()
 
 
-def loaded(device_id: int, kernel: Kernel, stream: int | None, shared_bytes: int = 0) -> ctypes.c_void_p:
-    """The kernel on that device, compiled and loaded if this process has not used it yet.
+def loaded(
+    device_id: int, kernel: Kernel, stream: int | None, shared_bytes: int = 0, may_build: bool | None = None
+) -> ctypes.c_void_p:
+    """The kernel on that device, compiled and loaded if this process has not used it yet, for a call on `stream`.
 
-    Raises BackendUnavailable (no Hopper, no driver, no compiler, a driver too old) or NotPrepared (in a capture).
+    `may_build` is what FP8GEMM_STRICT says by default. Raises BackendUnavailable (no Hopper, no driver, no compiler, a
+    driver too old, a fork after CUDA was used) or NotPrepared (in a capture, or it would have to be built but may not).
     """
     found = _kernels.get((device_id, kernel))
     if found is not None:
         return found
+    device.require_hopper(device_id)
+    native.library().require_no_capture(device_id, stream)
+    try:
+        cubin = compiler.cubin(kernel, not compiler.strict() if may_build is None else may_build)
+    except CompilerNotFound as error:
+        raise BackendUnavailable(f"cuda:{device_id}: {error}") from error
+    _check_driver()
     with _lock:
         if (device_id, kernel) not in _kernels:
-            device.require_hopper(device_id)
-            try:
-                cubin = compiler.cubin(kernel)
-            except CompilerNotFound as error:
-                raise BackendUnavailable(f"cuda:{device_id}: {error}") from error
-            _check_driver()
-            handle = ctypes.c_void_p()
-            function = kernel.function.encode()
+            handle, function = ctypes.c_void_p(), kernel.function.encode()
             started = time.perf_counter()
-            native.library().kernel_load(
-                device_id, cubin, len(cubin), function, shared_bytes, stream, ctypes.byref(handle)
-            )
+            native.library().kernel_load(device_id, cubin, len(cubin), function, shared_bytes, ctypes.byref(handle))
             compiler.debug(kernel, f"loaded on cuda:{device_id} in {1e3 * (time.perf_counter() - started):.1f} ms")
             _kernels[device_id, kernel] = handle
         return _kernels[device_id, kernel]
@@ -53,16 +54,9 @@ def _check_driver() -> None:
         )
 
 
-def cuda_gemm(operands: native.Operands, found: native.Problem, plan: Plan | None, stream: int) -> None:
-    """Launches one GEMM on the stream: by `plan`, or without one by the reference kernel."""
-    library, o, p = native.library(), ctypes.byref(operands), ctypes.byref(found)
-    if found.m == 0:
-        return
-    if plan is None:
-        library.launch_reference(loaded(found.device_id, reference_kernel(found.kind), stream), o, p, stream)
-        return
-    kernel = loaded(found.device_id, plan.kernel(found.kind), stream, plan.shared_bytes)
-    library.launch_gemm(kernel, o, p, ctypes.byref(plan.native()), stream)
+def run(entry: native.Entry, operands: native.Operands, found: native.Problem, stream: int | None) -> None:
+    """One GEMM as its entry of the table says: on CUDA on the stream, on the CPU now."""
+    native.library().run(ctypes.byref(entry), ctypes.byref(operands), ctypes.byref(found), stream)
 
 
 def cuda_cast(
@@ -95,11 +89,6 @@ class CpuPlan(NamedTuple):
 def cpu_threads() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def cpu_gemm(operands: native.Operands, found: native.Problem, plan: CpuPlan) -> None:
-    """Computes one GEMM now, on the calling thread and `plan.threads - 1` more."""
-    native.library().cpu_gemm(ctypes.byref(operands), ctypes.byref(found), ctypes.byref(native.CpuPlan(*plan)))
 
 
 def cpu_cast(per_block: bool, x: native.Tensor, q: native.Tensor, s: native.Tensor) -> None:

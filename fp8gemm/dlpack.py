@@ -37,10 +37,7 @@ class Imported(NamedTuple):
 
 
 def _exchange_api(x: object) -> int | None:
-    capsule = getattr(type(x), "__dlpack_c_exchange_api__", None)
-    if capsule is None or not _api.PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
-        return None
-    pointer: int = _api.PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
+    pointer: int | None = native.library().exchange_api(x)
     return pointer
 
 
@@ -80,6 +77,7 @@ def call_stream(stream: object, x: object, device_id: int | None) -> int | None:
         if stream is not None:
             raise OperandError("stream", "given, but the tensors are on the CPU")
         return None
+    native.library().check_fork()  # before the framework's own driver calls, which may hang
     return current_stream(x, device_id) if stream is None else stream_handle(stream)
 
 
@@ -125,13 +123,21 @@ def read(x: object, argument: str, stream: int | None = None) -> Imported:
 
 def _capsule(x: Any, stream: int | None) -> object:
     """The unconsumed capsule; dropping it runs the producer's deleter."""
-    if stream is not None and cuda_device(x) is None:  # a CPU tensor among CUDA ones: describe() has the words for it
-        stream = None
-    arguments: dict[str, Any] = {} if stream is None else {"stream": stream}
+    if stream is None:
+        return _export(x)
     try:
-        return x.__dlpack__(**arguments, max_version=_MAX_VERSION)
+        return _export(x, stream=stream)
+    except Exception:
+        if cuda_device(x) is not None:
+            raise
+        return _export(x)  # a CPU tensor among CUDA ones takes no stream; describe() has the words for it
+
+
+def _export(x: Any, **stream: int) -> object:
+    try:
+        return x.__dlpack__(**stream, max_version=_MAX_VERSION)
     except TypeError:  # a producer from before DLPack 1.0
-        return x.__dlpack__(**arguments)
+        return x.__dlpack__(**stream)
 
 
 _INTERFACE_CODES = {"i": 0, "u": 1, "f": 2}

@@ -1,13 +1,29 @@
-"""Which plan a problem gets."""
+"""Which plan a problem gets. Calls find it in the table of native/host/table.cpp; a miss is resolved here, and
+`prepare` resolves ahead of all calls.
+"""
 
-from . import cost, native
+import ctypes
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from . import backends, compiler, cost, native
 from .backends import CpuPlan, cpu_threads
-from .device import get_num_sms, require_hopper
-from .plan import Plan
-from .problem import Problem
+from .device import Device, require_hopper
+from .errors import BackendUnavailable, CompilerNotFound, NotPrepared, OperandError
+from .plan import Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
+from .problem import KINDS, Problem
 
-EXPECTED_M_MARGIN = 1.2  # what callers of DeepGEMM's masked form put on top of the mean rows of a group
 CPU_TILE_M = 256  # native/host/cpu_gemm.cpp
+
+
+class Listed(NamedTuple):
+    """One entry of the table, and how often it was looked up since the last listing."""
+
+    key: native.Key
+    from_store: bool
+    calls: int
 
 
 def bucket(m: int) -> int:
@@ -15,26 +31,186 @@ def bucket(m: int) -> int:
 
     A plan depends on M through its number of tiles, of at least 64 rows; finer steps would only cost host time.
     """
-    step = 16 if m <= 128 else 64 if m <= 1024 else 256
-    return -(-m // step) * step
+    return int(native.library().bucket(m))
 
 
-def cuda_plan(found: native.Problem, expected_m: int = 0) -> Plan | None:
-    """The plan of a described problem on its device; None where only the reference kernel can run it."""
-    if not found.inputs_by_tma or found.k == 0 or found.m == 0:
-        return None
-    device = require_hopper(found.device_id)
-    m = found.m if found.kind == native.MASKED and not expected_m else bucket(found.m)
-    rows = round(expected_m / EXPECTED_M_MARGIN) if found.kind == native.MASKED else expected_m
-    problem = Problem(found.kind, m, found.n, found.k, found.groups, bucket(rows))
-    return cost.default_plan(problem, device, get_num_sms(found.device_id))
+def chosen(problem: Problem, device: Device, num_sms: int) -> tuple[Plan, bool]:
+    """The plan that a problem shall get on `num_sms` of the device's SMs, and whether it comes from the store."""
+    return cost.default_plan(problem, device, num_sms), False
 
 
-def cpu_plan(found: native.Problem) -> CpuPlan:
-    """The CPU backend's plan of a described problem."""
+def chosen_cpu(problem: Problem) -> tuple[CpuPlan, bool]:
+    """The CPU backend's plan that a problem shall get, and whether it comes from the store."""
     threads = cpu_threads()
-    rows = -(-found.m // CPU_TILE_M)
+    rows = -(-problem.m // CPU_TILE_M)
     for tile_n in (256, 128, 64):
-        if rows * (found.n // tile_n) >= 4 * threads:  # enough tiles that none waits long for the last
-            return CpuPlan(threads, tile_n)
-    return CpuPlan(threads, 32)
+        if rows * (problem.n // tile_n) >= 4 * threads:  # enough tiles that none waits long for the last
+            return CpuPlan(threads, tile_n), False
+    return CpuPlan(threads, 32), False
+
+
+def make_key(found: native.Problem, expected_m: int = 0, batch_invariant: bool = False) -> native.Key:
+    """What a described call is looked up by, with the SM limit in force."""
+    key = native.Key()
+    native.library().make_key(ctypes.byref(found), min(expected_m, 2**31), batch_invariant, ctypes.byref(key))
+    return key
+
+
+def problem_of(key: native.Key) -> Problem:
+    """The problem that the plan of a key is chosen for. A key of the reference kernel has none."""
+    return Problem(key.kind, key.m, key.n, key.k, key.groups, key.expected_m, bool(key.row_scales))
+
+
+def planned(key: native.Key, stream: int | None) -> native.Entry:
+    """What the calls of a key do: from the table, or resolved and put there now, for a call on `stream`."""
+    if entry := native.library().find(ctypes.byref(key)):
+        found: native.Entry = entry.contents
+        return found
+    return resolve(key, stream)
+
+
+def choose(key: native.Key) -> tuple[Plan | CpuPlan | None, bool]:
+    """The plan that the calls of a key shall get (None: the reference kernel) and whether it comes from the store."""
+    if key.device_type == native.CPU:
+        return chosen_cpu(problem_of(key))
+    device = require_hopper(key.device_id)
+    if key.reference:
+        return None, False
+    return chosen(problem_of(key), device, key.num_sms or device.sms)
+
+
+def resolve(key: native.Key, stream: int | None = None) -> native.Entry:
+    """Chooses a plan for the calls of a key, loads its kernel and puts both into the table.
+
+    Raises what loading raises (see `backends.loaded`); the table is then as it was.
+    """
+    try:
+        return publish(key, *choose(key), stream)
+    except NotPrepared as error:
+        raise NotPrepared(f"{_words(key)} on cuda:{key.device_id}: {error}") from None
+
+
+def publish(
+    key: native.Key,
+    plan: Plan | CpuPlan | None,
+    from_store: bool,
+    stream: int | None = None,
+    may_build: bool | None = None,
+) -> native.Entry:
+    """Loads the kernel of a plan (None: the reference kernel), then lets the calls of a key find both.
+
+    Calls that run meanwhile use what was there before. `stream` and `may_build` are for `backends.loaded`.
+    """
+    entry = native.Entry(key=key, from_store=from_store)
+    if isinstance(plan, CpuPlan):
+        entry.cpu_plan = native.CpuPlan(*plan)
+    else:
+        shared_bytes = plan.shared_bytes if plan else 0
+        entry.kernel = backends.loaded(key.device_id, _kernel(key, plan), stream, shared_bytes, may_build).value
+        entry.plan = plan.native() if plan else native.Plan()
+    native.library().put(ctypes.byref(entry))
+    return entry
+
+
+def _kernel(key: native.Key, plan: Plan | None) -> Kernel:
+    return plan.kernel(key.kind) if plan else reference_kernel(key.kind)
+
+
+def _words(key: native.Key) -> str:
+    if key.reference:
+        return f"{KINDS[key.kind]}, strides that TMA cannot take or K = 0"
+    sizes = ("m", "n", "k", "groups", "expected_m") if key.kind else ("m", "n", "k")
+    return ", ".join([KINDS[key.kind], *(f"{name} = {getattr(key, name)}" for name in sizes)])
+
+
+def listing() -> list[Listed]:
+    """Every entry of the table with its calls since the last listing: those not from the store are misses."""
+    library = native.library()
+    room = library.entries(None, None, 0) + 64  # calls may add some meanwhile; what finds no room is listed next time
+    entries, calls = (native.Entry * room)(), (ctypes.c_uint64 * room)()
+    count = min(library.entries(entries, calls, room), room)
+    keys = (native.Key.from_buffer_copy(entries[i].key) for i in range(count))
+    return [Listed(key, bool(entries[i].from_store), calls[i]) for i, key in enumerate(keys)]
+
+
+def forget() -> None:
+    """Empties the table: the next call of each problem is a miss, and chooses anew."""
+    native.library().forget_plans()
+
+
+# ---- ahead of all calls
+
+
+class Shapes(NamedTuple):
+    """Calls to prepare for: one weight (N, K), or G of them, and every number of rows that it may meet.
+
+    `kind` is "dense", "contiguous", "ragged" or "masked"; `m` the rows of a (masked: Mmax), a number or any iterable of
+    them such as `range(1, 4097)`; `expected_m` what the calls will pass as such, if anything.
+    """
+
+    n: int
+    k: int
+    m: int | Iterable[int]
+    kind: str = "dense"
+    groups: int = 1
+    expected_m: int | Iterable[int] = 0
+
+
+class Prepared(NamedTuple):
+    """What `prepare` did: entries of the table, and the distinct kernels that are loaded for them."""
+
+    plans: int
+    kernels: int
+
+
+def prepare(shapes: Shapes | Iterable[Shapes], *, device: int = 0, batch_invariant: bool = False) -> Prepared:
+    """Compiles, loads and plans everything that calls of these shapes need, so that none of them has to.
+
+        fp8gemm.prepare([fp8gemm.Shapes(n=7168, k=2048, m=range(1, 4097)), ...], device=0)
+
+    For servers, before the first request and before any CUDA graph is captured. Covers every layout of the operands and
+    the quantisers; `batch_invariant` as the calls will pass it; for the SM limit in force now (`set_num_sms`). Kernels
+    are compiled in parallel, on as many threads as there are cores, unless this machine has them already.
+
+    Raises OperandError for impossible shapes, BackendUnavailable if `device` cannot run them, CompileError.
+    """
+    require_hopper(device)
+    native.library().check_fork()
+    wanted = [shapes] if isinstance(shapes, Shapes) else list(shapes)
+    keys = {bytes(key): key for given in wanted for key in _keys(given, device, batch_invariant)}
+    chosen = [(key, *choose(key)) for key in keys.values()]
+    casts = [cast_kernel(per_block, x) for per_block in (False, True) for x in range(3)]
+    others = [*casts, copy_kernel()]
+    kernels = {_kernel(key, plan) for key, plan, _ in chosen if not isinstance(plan, CpuPlan)}.union(others)
+    try:
+        with ThreadPoolExecutor(cpu_threads()) as pool:
+            list(pool.map(compiler.cubin, kernels))
+    except CompilerNotFound as error:
+        raise BackendUnavailable(f"cuda:{device}: {error}") from error
+    for kernel in others:
+        backends.loaded(device, kernel, None, may_build=True)
+    for key, plan, from_store in chosen:
+        publish(key, plan, from_store, may_build=True)
+    return Prepared(len(chosen), len(kernels))
+
+
+def _keys(given: Shapes, device: int, batch_invariant: bool) -> Iterator[native.Key]:
+    """Keys of all calls of these shapes, some more than once."""
+    if given.kind not in KINDS:
+        raise OperandError("kind", f"{given.kind!r}, known are {', '.join(KINDS)}")
+    ms, expected = (sorted(set(x) if isinstance(x, Iterable) else {x}) for x in (given.m, given.expected_m))
+    limits = {"n": [given.n], "k": [given.k], "m": ms, "groups": [given.groups], "expected_m": expected}
+    for name, values in limits.items():
+        least = 1 if name in ("n", "groups") else 0
+        for value in (*values[:1], *values[-1:]):
+            if not isinstance(value, int) or not least <= value < 2**31:
+                raise OperandError(name, f"{value!r}; must be an int from {least} to {2**31 - 1}")
+    if given.k % 16:
+        raise OperandError("k", f"{given.k}; must be a multiple of 16")
+    kind = KINDS.index(given.kind)
+    if kind == native.DENSE and given.groups != 1:
+        raise OperandError("groups", f"{given.groups}; a dense problem has 1")
+    buckets = {bucket(m) for m in ms} - {0}
+    for m, rows, by_tma, by_bulk in itertools.product(buckets, expected, (True, False), (True, False)):
+        found = native.Problem(kind, native.CUDA, device, m, given.n, given.k, given.groups, by_tma, True, by_bulk)
+        yield make_key(found, rows, batch_invariant)

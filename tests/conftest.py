@@ -7,13 +7,15 @@ of pytest's report, and FP8GEMM_TEST_SEED=<seed> repeats a run.
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from references import SEED, fresh_rng
+from stub import build as build_stubs
 
-from fp8gemm import device
+from fp8gemm import device, native
 
 settings.register_profile(
     "fp8gemm",
@@ -43,12 +45,19 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_sm_limits() -> Iterator[None]:
     yield
-    device._limits.clear()
+    for device_id in range(4):
+        native.library().limit_sms(device_id, 0)
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return fresh_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the stubs of tests/stub.py are."""
+    return build_stubs(tmp_path_factory.mktemp("stub"))
 
 
 @pytest.fixture(scope="session")
