@@ -27,22 +27,24 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.051  # reads and writes get in each other's way
-L2_BYTES_PER_CYCLE = 46.7  # one SM's share
-L2_MISS = 0.554  # of a missed byte's own cost
-WGMMA_LATENCY, DEEP_LATENCY = 51.6, 98.1
-PROMOTION = 1.7  # cycles of an FMA, which competes with the tensor core for registers
-BARRIERS = 54.6  # a stage's
-TMA_ISSUE = 109
-EPILOGUE = 654
-DIRECT_EPILOGUE, DIRECT_COLUMN = 642, 2.91
-STORE_BYTES_PER_CYCLE = {64: 45.4, 32: 28.6, 16: 9.4}  # by the columns that a TMA store takes at a time
-LAUNCH = 3390  # until the first stage has landed
-LAUNCH_CLUSTER = 2790
-EXCHANGE, EXCHANGE_COLUMN = 2550, 1.07  # of the sums of a split K, its cluster's launch with it
+SHARED_CONFLICT = 1.03  # reads and writes get in each other's way
+L2_BYTES_PER_CYCLE = 51.0  # one SM's share
+L2_MISS = 0.911  # of a missed byte's own cost
+WGMMA_LATENCY, DEEP_LATENCY = 111.0, 204.0
+PROMOTION = 1.2  # cycles of an FMA, which competes with the tensor core for registers
+BARRIERS = 59.7  # a stage's
+STAGE_ISSUE = 32.4
+TMA_ISSUE = 154.0
+EPILOGUE = 817.0
+DIRECT_EPILOGUE, DIRECT_COLUMN = 782.0, 4.04
+STORE_BYTES_PER_CYCLE = {64: 33.5, 32: 27.0, 16: 9.2}  # by the columns that a TMA store takes at a time
+LAUNCH = 1320  # until the first stage has landed
+LAUNCH_CLUSTER = 3702
+EXCHANGE, EXCHANGE_COLUMN = 1646, 9.36  # of the sums of a split K, its cluster's launch with it
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.642
+MEMORY_EFFICIENCY = 0.624
+HIDDEN = 0.02  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
 
 
@@ -66,7 +68,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     start = LAUNCH + (LAUNCH_CLUSTER if shared_by > 1 else 0)
     if plan.split > 1:
         start += EXCHANGE + EXCHANGE_COLUMN * plan.split * plan.tile_n
-    return start + max(compute, memory)
+    return start + max(compute, memory) + HIDDEN * min(compute, memory)
 
 
 def block_cycles(plan: Plan, rows: int, missed: float) -> float:
@@ -89,7 +91,7 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
         consumers * waves * multiply,
         SHARED_CONFLICT * (consumers * waves * wgmmas * reads + writes),
         chain,
-        TMA_ISSUE * loads / plan.depth,
+        (TMA_ISSUE * loads + STAGE_ISSUE) / plan.depth,
         streamed / L2_BYTES_PER_CYCLE,
     )
 
