@@ -10,11 +10,11 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
     L2          the bytes that the CTA streams in; a cluster loads what it shares once, and what L2 has to fetch from
                 HBM passes through it a second time
 
-and every tile adds its epilogue, every split of K its exchange. Waves come out by themselves: a CTA's number of tiles is
-rounded up. Against all that stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same on
-every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 4,600 measured
-(problem, plan) pairs: seven weights, M = 1 .. 8192, and nine grouped problems. There the default is 1.8% slower than the
-best plan in the geometric mean and 12% at worst (native/README.md).
+and every tile adds its epilogue, every split of K its exchange. Waves come out by themselves: a CTA's number of tiles
+is rounded up. Against all that stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same
+on every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 4,600 measured
+(problem, plan) pairs: seven weights, M = 1 .. 8192, and nine grouped problems. There the default is 3% slower than the
+best plan in the geometric mean and 21% at worst (native/README.md).
 """
 
 import functools
@@ -57,7 +57,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     tiles = groups * tiles_m * tiles_n
     per_cta = -(-tiles // clusters)
     k_blocks = -(-problem.k // TILE_K)
-    stages = -(-(-(-k_blocks // plan.depth)) // plan.split)
+    stages = math.ceil(math.ceil(k_blocks / plan.depth) / plan.split)
     unique = groups * (rows * problem.k + problem.n * problem.k)
     shared_by = plan.cluster_m * plan.cluster_n
     missed = unique / max(tiles * shared_by * k_blocks, 1)
@@ -65,7 +65,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
     memory = (unique + groups * rows * problem.n * 2) / bandwidth
-    start = LAUNCH + (LAUNCH_CLUSTER if shared_by > 1 else 0)
+    start: float = LAUNCH + (LAUNCH_CLUSTER if shared_by > 1 else 0)
     if plan.split > 1:
         start += EXCHANGE + EXCHANGE_COLUMN * plan.split * plan.tile_n
     return start + max(compute, memory) + HIDDEN * min(compute, memory)

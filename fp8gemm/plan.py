@@ -1,7 +1,8 @@
 """Plans: how a problem is computed on a Hopper GPU.
 
 A plan has two halves. The compiled half (tile, stages, cluster, depth, split) goes into the kernel as macros and, with
-the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says what is legal.
+the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says
+what is legal.
 """
 
 import functools
@@ -139,7 +140,8 @@ class Plan(NamedTuple):
         cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster_m * self.cluster_n > 1 else ""
         depth = f"x{self.depth}" if self.depth > 1 else ""
         split = f" split {self.split}" if self.split > 1 else ""
-        return f"{self.tile_m}x{self.tile_n} stages {self.stages}{depth}{cluster}{split} sms {self.num_sms} raster {self.raster}"
+        compiled = f"{self.tile_m}x{self.tile_n} stages {self.stages}{depth}{cluster}{split}"
+        return f"{compiled} sms {self.num_sms} raster {self.raster}"
 
 
 def reference_kernel(kind: int) -> Kernel:

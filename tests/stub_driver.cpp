@@ -25,9 +25,9 @@ namespace {
 
 struct Map {                                     // what a tensor map of ours says: the arguments it was encoded with
     const void* address;
-    uint64_t dims[3], strides[2];
-    uint32_t box[3];
-    int type, swizzle;
+    uint64_t dims[4], strides[3];
+    uint32_t box[4];
+    uint8_t rank, type, swizzle;
 };
 static_assert(sizeof(Map) <= sizeof(fp8gemm::TensorMap), "fits in a CUtensorMap");
 
@@ -90,9 +90,15 @@ CALL(cuModuleGetFunction, void** function, void*, const char* name) {
     return 0;
 }
 CALL(cuFuncSetAttribute, void*, int, int) { return 0; }
-CALL(cuTensorMapEncodeTiled, void* map, int type, uint32_t, void* address, const uint64_t* dims, const uint64_t* strides,
+CALL(cuOccupancyMaxActiveClusters, int* clusters, const Function*, const fp8gemm::CUlaunchConfig* config) {
+    *clusters = 120 / config->attributes[0].cluster.x;
+    return 0;
+}
+CALL(cuTensorMapEncodeTiled, void* map, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
      const uint32_t* box, const uint32_t*, int, int swizzle, int, int) {
-    Map said{address, {dims[0], dims[1], dims[2]}, {strides[0], strides[1]}, {box[0], box[1], box[2]}, type, swizzle};
+    Map said{address, {}, {}, {}, static_cast<uint8_t>(rank), static_cast<uint8_t>(type), static_cast<uint8_t>(swizzle)};
+    memcpy(said.dims, dims, rank * sizeof *dims), memcpy(said.box, box, rank * sizeof *box);
+    memcpy(said.strides, strides, (rank - 1) * sizeof *strides);
     memcpy(map, &said, sizeof said);
     return 0;
 }
@@ -152,9 +158,17 @@ CALL(stub_launch, long i, char* text, size_t size) {
     for (int n = 0; n < 3; ++n) {
         Map m;
         memcpy(&m, all[n], sizeof m);
-        snprintf(maps[n], sizeof maps[n], "[%llu, [%llu, %llu, %llu], [%llu, %llu], [%u, %u, %u], %d, %d]",
-                 (Pointer)m.address, (Pointer)m.dims[0], (Pointer)m.dims[1], (Pointer)m.dims[2], (Pointer)m.strides[0],
-                 (Pointer)m.strides[1], m.box[0], m.box[1], m.box[2], m.type, m.swizzle);
+        char* to = maps[n];
+        auto list = [&](const auto* values, int count) {
+            for (int i = 0; i < count; ++i) to += sprintf(to, "%s%llu", i ? ", " : "", (Pointer)values[i]);
+        };
+        to += sprintf(to, "[%llu, [", (Pointer)m.address);
+        list(m.dims, m.rank);
+        to += sprintf(to, "], [");
+        list(m.strides, m.rank ? m.rank - 1 : 0);
+        to += sprintf(to, "], [");
+        list(m.box, m.rank);
+        sprintf(to, "], %d, %d]", m.type, m.swizzle);
     }
     return snprintf(text, size,
                     "{\"grid\": [%u, %u, %u], \"block\": %u, \"shared\": %u, \"cluster\": %u, \"stream\": %llu,"

@@ -114,28 +114,65 @@ def launched(body: Callable[[], object]) -> list[dict[str, Any]]:
 
 @on_stub_gpus
 def test_a_dense_launch() -> None:
-    call = operands(m=100, n=2112, k=1040)
+    call = operands(m=1000, n=4224, k=1040)
     (a, sa), (b, sb), d = call.lhs, call.rhs, call.d
     assert call.public() is d  # a miss
     (found,) = launched(lambda: call.without_python())
-    plan, _ = planner.chosen(Problem(native.DENSE, 112, 2112, 1040), read_device(0), 132)
+    plan, _ = planner.chosen(Problem(native.DENSE, 1024, 4224, 1040), read_device(0), 132)
     assert found["kernel"] == "fp8gemm_gemm"
     assert found["grid"] == [132 // plan.cluster * plan.cluster, 1, 1]
+    assert plan.depth == 1
     assert (found["block"], found["shared"], found["cluster"]) == (plan.threads, plan.shared_bytes, plan.cluster)
     assert found["stream"] == LEGACY_STREAM
     assert found["pointers"] == [x.address if x else 0 for x in (a, sa, b, sb, d, None)]
-    assert found["rows"] == [1040, 1, 1040, 9, 2112]
-    assert found["scale_steps"] == [100, 1]
+    assert found["rows"] == [1040, 1, 1040, 9, 4224]
+    assert found["scale_steps"] == [1000, 1]
     assert found["groups"] == [0] * 5
-    assert found["sizes"] == [100, 2112, 1040, 1]
+    assert found["sizes"] == [1000, 4224, 1040, 1]
     assert (found["raster"], found["policy"]) == (plan.raster, L2_POLICIES[plan.b_policy])
     assert (found["d_by_tma"], found["sa_by_bulk"]) == (1, 1)
     swizzle_128 = 3
-    assert found["a"][:3] == [a.address, [1040, 100, 1], [1040, 1040]]
-    assert found["a"][3] == [128, min(plan.tile_m // plan.cluster_n, 104), 1]
-    assert found["b"][:4] == [b.address, [1040, 2112, 1], [1040, 1040], [128, plan.tile_n // plan.cluster_m, 1]]
+    assert found["a"][:3] == [a.address, [1040, 1000, 1], [1040, 1040]]
+    assert found["a"][3] == [128, plan.tile_m // plan.cluster_n, 1]
+    assert found["b"][:4] == [b.address, [1040, 4224, 1], [1040, 1040], [128, plan.tile_n // plan.cluster_m, 1]]
     assert found["a"][5] == found["b"][5] == swizzle_128
-    assert found["d"][:3] == [d.address, [2112, 100, 1], [4224, 4224]]
+    assert found["d"][:3] == [d.address, [4224, 1000, 1], [8448, 8448]]
+
+
+@on_stub_gpus
+def test_deep_launches() -> None:
+    """Stages of four blocks of K, shared by a cluster: boxes of two where K is whole blocks, else of one."""
+    for k in (1024, 1040):
+        check_a_deep_launch(k)
+
+
+def check_a_deep_launch(k: int) -> None:
+    call = operands(m=100, n=2112, k=k)
+    call.public()
+    plan = Plan(64, 64, 3, cluster_m=2, depth=4, num_sms=132)
+    (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k, x.key.row_scales) == (112, 2112, k, 0)]
+    planner.publish(listed.key, plan, True)
+    (found,) = launched(call.without_python)
+    assert found["grid"] == [66, 1, 1], "more clusters than tiles"
+    assert (found["d_by_tma"], found["sa_by_bulk"]) == (1, 0)
+    if k % 128:
+        a, b = [[1040, 100, 1, 1], [1040] * 3, [128, 64, 1, 1]], [[1040, 2112, 1, 1], [1040] * 3, [128, 64, 1, 1]]
+    else:
+        a, b = ([[128, rows, 8, 1], [1024, 128, 1024], [128, 64, blocks, 1]] for rows, blocks in ((100, 4), (2112, 2)))
+    assert found["a"][1:4] == a
+    assert found["b"][1:4] == b
+
+
+@on_stub_gpus
+def test_a_launch_of_a_split_k() -> None:
+    """No more clusters than can run at a time, which the driver knows."""
+    call = operands(m=16, n=4096, k=1024)
+    call.public()
+    (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k) == (16, 4096, 1024)]
+    planner.publish(listed.key, Plan(32, 32, 4, split=4, num_sms=132), True)
+    (found,) = launched(call.without_python)
+    assert (found["grid"], found["cluster"]) == ([120, 1, 1], 4)
+    assert found["d_by_tma"] == 0, "straight from registers"
 
 
 @on_stub_gpus
@@ -210,7 +247,7 @@ def test_streams() -> None:
 @on_stub_gpus
 def test_each_device_has_its_kernels_limits_and_context() -> None:
     """And the caller's context is current again afterwards."""
-    calls = [operands(device=device) for device in (0, 1)]
+    calls = [operands(m=2000, n=8448, device=device) for device in (0, 1)]
     current, context = stub.driver().cuCtxGetCurrent, ctypes.c_void_p()
     for way in ("public", "without_python"):
         for device, sms in ((0, 132), (1, 78)):

@@ -201,7 +201,7 @@ def test_every_compiled_plan(tools: Tools, rng: Rng, hopper: int, force: Callabl
         if kind != native.DENSE:  # the same main loop: a sample of the tiles
             space = [space[i] for i in rng.permutation(len(space))[:20]]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda p: compiler.cubin(p.kernel(kind)), space))
+            list(pool.map(compiler.cubin, [p.kernel(kind) for p in space]))
         for forced in space:
             force(forced)
             n, k = int(rng.integers(1, 2000)), int(rng.choice([16, 128])) * int(rng.integers(1, 30))

@@ -156,7 +156,7 @@ FP8GEMM_API int fp8gemm_kernel_load(int device_id, const void *cubin, size_t byt
 FP8GEMM_API int fp8gemm_require_no_capture(int device_id, void *stream);
 
 /* Launches. Streams are CUstream; capture-safe; nothing synchronises or allocates. */
-FP8GEMM_API int fp8gemm_launch_gemm(fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
+FP8GEMM_API int fp8gemm_launch_gemm(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
                                     const fp8gemm_problem *problem, const fp8gemm_plan *plan, void *stream);
 FP8GEMM_API int fp8gemm_launch_reference(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
                                          const fp8gemm_problem *problem, void *stream);

@@ -13,7 +13,7 @@ using namespace fp8gemm;
 struct fp8gemm_kernel {
     int device_id;
     CUfunction function;
-    std::atomic<int> resident_clusters{0};       // 0: not asked yet
+    mutable std::atomic<int> resident_clusters{0};               // 0: not asked yet
 };
 
 namespace {
@@ -94,7 +94,7 @@ int launch(const Driver& cu, CUfunction function, const Launch& l, void* params)
 }
 
 // Clusters of this size that run at a time: GPCs whose SMs it does not divide leave some idle.
-int resident_clusters(const Driver& cu, fp8gemm_kernel& kernel, int threads, int shared, int cluster, int* out) {
+int resident_clusters(const Driver& cu, const fp8gemm_kernel& kernel, int threads, int shared, int cluster, int* out) {
     *out = kernel.resident_clusters.load(std::memory_order_relaxed);
     if (*out) return FP8GEMM_OK;
     const Launch one(cluster, 1, 1, threads, shared, cluster, false, nullptr);
@@ -142,7 +142,7 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     return FP8GEMM_OK;
 }
 
-int fp8gemm_launch_gemm(fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p,
+int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p,
                         const fp8gemm_plan* plan, void* stream) {
     const Driver* cu;
     ContextScope scope;
@@ -170,8 +170,8 @@ int fp8gemm_launch_gemm(fp8gemm_kernel* kernel, const fp8gemm_operands* o, const
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{ceil_div(p->m, plan->tile_m * plan->cluster_m)} *
                                                                     ceil_div(p->n, plan->tile_n * plan->cluster_n)));
-    return launch(*cu, kernel->function, {clusters * cluster, 1, 1, plan->threads, plan->shared_bytes, cluster, true, stream},
-                  &params);
+    const Launch all(clusters * cluster, 1, 1, plan->threads, plan->shared_bytes, cluster, true, stream);
+    return launch(*cu, kernel->function, all, &params);
 }
 
 int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operands* o, const fp8gemm_problem* p, void* stream) {
@@ -180,7 +180,8 @@ int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operand
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     GemmParams params = make_params(*o, *p);
     const int groups = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED ? p->groups : 1;
-    return launch(*cu, kernel->function, {ceil_div(p->m, 64), ceil_div(p->n, 64), groups, 256, 0, 1, false, stream}, &params);
+    const Launch all(ceil_div(p->m, 64), ceil_div(p->n, 64), groups, 256, 0, 1, false, stream);
+    return launch(*cu, kernel->function, all, &params);
 }
 
 int fp8gemm_run(const fp8gemm_entry* entry, const fp8gemm_operands* o, const fp8gemm_problem* p, void* stream) {
@@ -198,7 +199,8 @@ int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8ge
     CastParams params{x->data, static_cast<unsigned char*>(q->data), static_cast<float*>(s->data), x->shape[0], x->shape[1],
                       x->stride[0], q->stride[0], s->stride[0], s->stride[1]};
     const int rows = static_cast<int>(x->shape[0]), blocks = ceil_div(static_cast<int>(x->shape[1]), 128);
-    return launch(*cu, kernel->function, {ceil_div(rows, per_block ? 128 : 8), blocks, 1, 256, 0, 1, false, stream}, &params);
+    const Launch all(ceil_div(rows, per_block ? 128 : 8), blocks, 1, 256, 0, 1, false, stream);
+    return launch(*cu, kernel->function, all, &params);
 }
 
 int fp8gemm_launch_copy(const fp8gemm_kernel* kernel, const fp8gemm_tensor* x, const fp8gemm_tensor* s, void* stream) {
@@ -211,8 +213,8 @@ int fp8gemm_launch_copy(const fp8gemm_kernel* kernel, const fp8gemm_tensor* x, c
                       x->stride[row], x->stride[row + 1], stack ? x->stride[0] : 0,
                       s->stride[row], s->stride[row + 1], stack ? s->stride[0] : 0};
     const int groups = stack ? static_cast<int>(x->shape[0]) : 1, columns = static_cast<int>(x->shape[row + 1]);
-    return launch(*cu, kernel->function, {ceil_div(static_cast<int>(x->shape[row]), 256), columns, groups, 256, 0, 1, false, stream},
-                  &params);
+    const Launch all(ceil_div(static_cast<int>(x->shape[row]), 256), columns, groups, 256, 0, 1, false, stream);
+    return launch(*cu, kernel->function, all, &params);
 }
 
 int fp8gemm_copy_to_host(int device_id, void* stream, const void* from, size_t bytes, void* to) {
