@@ -157,13 +157,3 @@ const void* fp8gemm_exchange_api(void* object) {
     const Python* py = python();
     return py ? exchange_api(*py, static_cast<PyObject*>(object)) : nullptr;
 }
-
-// Destructor of a capsule that nobody consumed: a consumer renames what it takes over.
-void fp8gemm_capsule_delete(void* object) {
-    const Python* py = python();
-    auto* capsule = static_cast<PyObject*>(object);
-    const char* const names[] = {"dltensor", "dltensor_versioned"};
-    for (int versioned = 0; py && versioned < 2; ++versioned)
-        if (py->PyCapsule_IsValid(capsule, names[versioned]))
-            fp8gemm_dlpack_delete(py->PyCapsule_GetPointer(capsule, names[versioned]), versioned);
-}

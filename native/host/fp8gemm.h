@@ -104,9 +104,9 @@ typedef struct {                                /* what its calls do */
 FP8GEMM_API int fp8gemm_abi_version(void);
 FP8GEMM_API const fp8gemm_error *fp8gemm_last_error(void);
 
-/* DLPack. `managed` is a DLManagedTensor (versioned == 0) or DLManagedTensorVersioned; it stays the caller's.
- * `api` is the DLPackExchangeAPI of the object's type. The GIL must be held for all that take or give Python objects. */
-FP8GEMM_API int fp8gemm_read_dlpack(const void *managed, int versioned, const char *argument, fp8gemm_tensor *tensor);
+/* DLPack. A capsule that is read stays unconsumed: dropping it runs its producer's deleter. `api` is the
+ * DLPackExchangeAPI of the object's type. The GIL must be held for all that take or give Python objects. */
+FP8GEMM_API int fp8gemm_read_capsule(void *py_capsule, const char *argument, fp8gemm_tensor *tensor);
 FP8GEMM_API const void *fp8gemm_exchange_api(void *py_object);                   /* null: it has none */
 FP8GEMM_API int fp8gemm_read_exchange(const void *api, void *py_object, const char *argument, fp8gemm_tensor *tensor);
 FP8GEMM_API int fp8gemm_exchange_stream(const void *api, int device_type, int device_id, void **stream);
