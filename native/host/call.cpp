@@ -1,8 +1,8 @@
 // The call itself: a builtin that takes the common call from its tensors to its launch without running any Python.
 //
-// That is: CUDA tensors whose type has DLPack's exchange API, with d given, and a plan in the table. Every other call, and
-// every wrong one, it hands to the Python function that it was made with (gemm.py's `_call`), which goes the long way
-// through the same checks and has the words for what is wrong. Nothing has been launched by then.
+// That is: CUDA tensors whose type has DLPack's exchange API, with d given, and a plan in the table. Every other call,
+// and every wrong one, it hands to the Python function that it was made with (gemm.py's `_call`), which goes the long
+// way through the same checks and has the words for what is wrong. Nothing has been launched by then.
 #include <atomic>
 
 #include "dlpack.h"
@@ -102,7 +102,8 @@ bool launched(const Python& py, const Arguments& given) {
     const long long expected_m = py.PyLong_AsLongLong(given.expected_m);
     if (expected_m < 0) return false;            // also an error: too large
     const bool invariant = given.batch_invariant == py._Py_TrueStruct;
-    if (!invariant && given.batch_invariant != py._Py_NoneStruct && given.batch_invariant != py._Py_FalseStruct) return false;
+    if (!invariant && given.batch_invariant != py._Py_FalseStruct && given.batch_invariant != py._Py_NoneStruct)
+        return false;
 
     fp8gemm_operands operands;
     const void* api;                             // of the tensor read last: d
@@ -112,7 +113,8 @@ bool launched(const Python& py, const Arguments& given) {
     if (!read_tensor(py, sa, "sa", &operands.sa, &api) || !read_tensor(py, b, "b", &operands.b, &api) ||
         !read_tensor(py, sb, "sb", &operands.sb, &api))
         return false;
-    if (operands.kind != FP8GEMM_DENSE && !read_tensor(py, given.layout, "layout", &operands.layout, &api)) return false;
+    const bool grouped = operands.kind != FP8GEMM_DENSE;
+    if (grouped && !read_tensor(py, given.layout, "layout", &operands.layout, &api)) return false;
     if (!read_tensor(py, given.d, "d", &operands.d, &api)) return false;
 
     fp8gemm_problem problem;
