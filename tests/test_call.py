@@ -729,7 +729,7 @@ def test_8_threads_under_the_thread_sanitizer(stub: Path, tmp_path: Path) -> Non
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("g++ has no thread sanitizer here")
     here, host = Path(__file__).parent, Path(__file__).parents[1] / "native" / "host"
-    names = ("dlpack", "driver", "error", "launch", "lock", "problem", "table")
+    names = ("dlpack", "driver", "error", "launch", "lock", "problem", "python", "table")
     sources = [str(host / f"{name}.cpp") for name in names]
     driver = ["g++", *flags, "-shared", "-fPIC", str(here / "stub_driver.cpp"), "-o", str(tmp_path / "libcuda.so.1")]
     program = ["g++", *flags, "-pthread", *sources, str(here / "threads.cpp"), "-ldl", "-o", str(tmp_path / "threads")]
