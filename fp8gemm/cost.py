@@ -27,23 +27,24 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.03  # reads and writes get in each other's way
-L2_BYTES_PER_CYCLE = 51.0  # one SM's share
-L2_MISS = 0.911  # of a missed byte's own cost
-WGMMA_LATENCY, DEEP_LATENCY = 111.0, 204.0
-PROMOTION = 1.2  # cycles of an FMA, which competes with the tensor core for registers
-BARRIERS = 59.7  # a stage's
-STAGE_ISSUE = 32.4
-TMA_ISSUE = 154.0
-EPILOGUE = 817.0
-DIRECT_EPILOGUE, DIRECT_COLUMN = 782.0, 4.04
-STORE_BYTES_PER_CYCLE = {64: 33.5, 32: 27.0, 16: 9.2}  # by the columns that a TMA store takes at a time
-LAUNCH = 1320  # until the first stage has landed
-LAUNCH_CLUSTER = 3702
-EXCHANGE, EXCHANGE_COLUMN = 1646, 9.36  # of the sums of a split K, its cluster's launch with it
+SHARED_CONFLICT = 1.06  # reads and writes get in each other's way
+L2_BYTES_PER_CYCLE = 46.9  # one SM's share
+L2_CONTENTION = 0.0746  # what streaming costs beside anything else: bytes in flight, and power
+L2_MISS = 0.13  # of a missed byte's own cost
+WGMMA_LATENCY, DEEP_LATENCY = 111.0, 140.0
+PROMOTION = 0.458  # cycles of an FMA, which competes with the tensor core for registers
+BARRIERS = 78.6  # a stage's
+STAGE_ISSUE = 1.47e-07
+TMA_ISSUE = 127.0
+EPILOGUE = 662.0
+DIRECT_EPILOGUE, DIRECT_COLUMN = 718.0, 2.79
+STORE_BYTES_PER_CYCLE = {64: 36.3, 32: 28.2, 16: 16.8}  # by the columns that a TMA store takes at a time
+LAUNCH = 2335  # until the first stage has landed
+LAUNCH_CLUSTER = 3688
+EXCHANGE, EXCHANGE_COLUMN = 2807, 4.91  # of the sums of a split K, its cluster's launch with it
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.624
+MEMORY_EFFICIENCY = 0.671
 HIDDEN = 0.02  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
 
@@ -86,14 +87,15 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
         chain = max(multiply, promote) + DEEP_LATENCY + BARRIERS / plan.depth
     loads = 3 if plan.depth == 1 and plan.tile_m >= 64 else 2  # A, B, and A's scales
     loaded_rows = min(plan.tile_m, -(-rows // 8) * 8) / plan.cluster_n  # a short A is not padded
-    streamed = (loaded_rows + plan.tile_n / plan.cluster_m) * TILE_K + L2_MISS * missed
-    return max(
+    streamed = (loaded_rows + plan.tile_n / plan.cluster_m) * TILE_K
+    pace = max(
         consumers * waves * multiply,
         SHARED_CONFLICT * (consumers * waves * wgmmas * reads + writes),
         chain,
         (TMA_ISSUE * loads + STAGE_ISSUE) / plan.depth,
-        streamed / L2_BYTES_PER_CYCLE,
+        (streamed + L2_MISS * missed) / L2_BYTES_PER_CYCLE,
     )
+    return pace + L2_CONTENTION * streamed / L2_BYTES_PER_CYCLE
 
 
 def epilogue_cycles(plan: Plan) -> float:

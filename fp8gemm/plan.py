@@ -77,7 +77,7 @@ class Plan(NamedTuple):
         consumers = 1 if self.tile_m <= 64 else 2
         parts = (self.split - 1) * self.tile_m * self.tile_n * 4 if self.split > 1 else 16 * consumers
         staged = self.tile_m if self.tile_m >= 64 else 1
-        total = self.stages * stage + staged * self.tile_n * 2 + parts + 16 * consumers
+        total = self.stages * ((stage + 1023) // 1024 * 1024) + staged * self.tile_n * 2 + parts + 16 * consumers
         return (total + 1023) // 1024 * 1024
 
     def violations(self, kind: int, device: Device) -> Iterator[str]:

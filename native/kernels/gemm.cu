@@ -27,23 +27,34 @@ namespace fp8gemm {
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSplit > 1 ? kPartThreads * kTileN / 8 : 1; // float4 that they send
 
-struct alignas(1024) SharedStorage {
-    u8 a[kStages][kDepth * kTileM * kTileK];
-    u8 b[kStages][kDepth * kTileN * kTileK];
+struct alignas(1024) Stage {
+    u8 a[kDepth * kTileM * kTileK];
+    u8 b[kDepth * kTileN * kTileK];
+    float scales[kDepth][kScaleSlots];
+    u64 full, empty;
+};
+
+struct SharedStorage {
+    Stage stages[kStages];
     u16 d[kConsumers][kWaves][kPanels][kPanelSize];
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kPart];        // sums of the cluster's other CTAs
-    float scales[kStages][kDepth][kScaleSlots];
-    u64 full[kStages], empty[kStages], parts_full[kConsumers], parts_empty[kConsumers];
+    u64 parts_full[kConsumers], parts_empty[kConsumers];
 };
 #ifdef SMEM_BYTES
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
 #endif
 
-// The ring position: stage 0 .. kStages-1, and a phase that flips on each wrap.
+// The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to addresses
+// and to wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core may lose.
 struct Ring {
-    int stage = 0;
-    u32 phase = 0;
-    __device__ void advance() { if (++stage == kStages) { stage = 0; phase ^= 1; } }
+    u32 offset = 0, phase = 0;
+    __device__ Stage& stage(SharedStorage& s) const {
+        return *reinterpret_cast<Stage*>(reinterpret_cast<u8*>(s.stages) + offset);
+    }
+    __device__ void advance() {
+        offset += sizeof(Stage);
+        if (offset == sizeof(SharedStorage::stages)) { offset = 0; phase ^= 1; }
+    }
 };
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
@@ -78,12 +89,13 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
         const u32 scale_bytes = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
-            barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
+            Stage& stage = ring.stage(s);
+            barrier_wait(&stage.empty, ring.phase ^ 1);
             if (elect_one()) {
-                u64* full = &s.full[ring.stage];
-                u8 *a = s.a[ring.stage] + a_row * kTileK, *b = s.b[ring.stage];
+                u64* full = &stage.full;
+                u8 *a = stage.a + a_row * kTileK, *b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
-                if (!kDeep && scale_bytes) bulk_load(s.scales[ring.stage][0], sa, scale_bytes, full);
+                if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
                 for (int j = a_block; j < a_block + kBlocksA; j += kDeep ? p.a_box_blocks : 1)
                     load_box<kShareA>(a + j * p.a_box_rows * kTileK, p.a, p.blocked, kb + j, tile.row + a_row, group_a,
                                       full, kEvictNormal);
@@ -132,26 +144,28 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
             valid[c] &= j < kDepth;
         }
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
-            barrier_wait(&s.empty[ring.stage], ring.phase ^ 1);
+            Stage& stage = ring.stage(s);
+            barrier_wait(&stage.empty, ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
                 const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
                 const bool good = valid[c] && (kDepth == 1 || kb + j < last_block);
-                if (j < kDepth) copy_async_4(&s.scales[ring.stage][j][i], good ? from[c] : p.sa, good);  // or zero
+                if (j < kDepth) copy_async_4(&stage.scales[j][i], good ? from[c] : p.sa, good);  // or zero
                 from[c] += kDepth * (i < kTileM ? p.sa_k : p.sb_k);
             }
-            copy_async_arrive(&s.full[ring.stage]);
+            copy_async_arrive(&stage.full);
         }
     }
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
-// Gives a stage back to every producer that fills it: one arrival a warp, in each CTA of the cluster.
-__device__ void release(u64* empty) {
+// Gives a stage back to every producer that fills it: one arrival a warp, in each CTA that shares it. `empty`: for lane l
+// the barrier in CTA l.
+__device__ void release(u32 empty) {
     const int lane = threadIdx.x % 32;
     if constexpr (kShare == 1) {
         if (lane == 0) barrier_arrive(empty);
     } else if (lane < kShare) {
-        barrier_arrive_remote(empty, lane);
+        barrier_arrive_remote(empty);
     }
 }
 
@@ -161,10 +175,10 @@ __device__ bool add_parts(SharedStorage& s, float (&sum)[kTileN / 2], int consum
     u64 *full = &s.parts_full[consumer], *empty = &s.parts_empty[consumer];
     if (rank > 0) {
         barrier_wait(empty, phase ^ 1);
+        const u32 to = remote_address(&s.parts[rank - 1][consumer][thread], 0), there = remote_address(full, 0);
 #pragma unroll
         for (int i = 0; i < kTileN / 8; ++i)
-            if (thread < kPartThreads)
-                store_async_remote(&s.parts[rank - 1][consumer][i * kPartThreads + thread], &sum[i * 4], full, 0);
+            if (thread < kPartThreads) store_async_remote(to + i * kPartThreads * sizeof(float4), &sum[i * 4], there);
     } else {
         if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
         barrier_wait(full, phase);
@@ -177,7 +191,7 @@ __device__ bool add_parts(SharedStorage& s, float (&sum)[kTileN / 2], int consum
             }
         }
         __syncwarp();
-        if (lane > 0 && lane < kSplit) barrier_arrive_remote(empty, lane);
+        if (lane > 0 && lane < kSplit) barrier_arrive_remote(remote_address(empty, lane));
     }
     phase ^= 1;
     return rank == 0;
@@ -187,9 +201,12 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
     const int first_row = consumer * kWaves * 64;
-    const u32 a_first = wgmma_address(s.a[0] + first_row * kTileK), b_first = wgmma_address(s.b[0]);
+    const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK));
+    const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
     const u32 a_block = p.a_box_rows * (kTileK / 16);            // from one block of a deep stage to the next
-    const float* scales_first = s.scales[0][0] + first_row + warp * 16 % kTileM + lane / 4;
+    const u32 scales_first = keep(first_row + warp * 16 % kTileM + lane / 4);
+    u64* const empty = &s.stages[0].empty;
+    const u32 empty_first = keep(kShare > 1 ? remote_address(empty, lane % kShare) : shared_address(empty));
     u32 parts_phase = 0;
     Ring ring;
     Scheduler tiles(p);
@@ -198,8 +215,8 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
         if (__any_sync(0xffffffff, tile.rows <= first_row)) {
             for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
-                barrier_wait(&s.full[ring.stage], ring.phase);
-                release(&s.empty[ring.stage]);
+                barrier_wait(&ring.stage(s).full, ring.phase);
+                release(empty_first + ring.offset);
             }
             continue;
         }
@@ -207,13 +224,14 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         float sum[kWaves][kTileN / 2] = {};
         const int b_split = 128 - tile.column % 128;             // columns of the tile before its second B scale
         bool landed = false;
+        u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         for (int kb = first_block; kb < last_block; kb += kDepth) {
-            const int stage = ring.stage;
-            if (!landed) barrier_wait(&s.full[stage], ring.phase);
+            Stage& stage = ring.stage(s);
+            if (!landed) barrier_wait(&stage.full, ring.phase);
             float scale_a[kItems][2], scale_b[kDepth][2], partial[kPartials][kTileN / 2];
 #pragma unroll
             for (int j = 0; j < kDepth; ++j) {
-                const float *sa = scales_first + (stage * kDepth + j) * kScaleSlots, *sb = s.scales[stage][j] + kTileM;
+                const float *sa = stage.scales[j] + scales_first, *sb = stage.scales[j] + kTileM;
                 scale_b[j][0] = sb[0], scale_b[j][1] = sb[kSegments > 1];
                 for (int w = 0; w < kWaves; ++w) scale_a[w + j][0] = sa[w * 64], scale_a[w + j][1] = sa[w * 64 + 8];
             }
@@ -232,8 +250,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 #pragma unroll
             for (int item = 0; item < kItems; ++item) {
                 const int w = kDepth > 1 ? 0 : item, j = kDepth > 1 ? item : 0;
-                const u32 a = a_first + (stage * kDepth * kTileM + w * 64) * (kTileK / 16) + j * a_block;
-                const u32 b = b_first + (stage * kDepth + j) * kTileN * (kTileK / 16);
+                const u32 a = a_stage + w * 64 * (kTileK / 16) + j * a_block, b = b_stage + j * kTileN * (kTileK / 16);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < kTileK / 32; ++k)
@@ -243,10 +260,12 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                 const int done = item - (kPartials - 1);         // the next one's wgmma hides this one's promotion
                 if (done >= 0 && done < kItems - 1) wgmma_wait<kPartials - 1>(), promote(done);
             }
+            const u32 this_empty = empty_first + ring.offset;
             ring.advance();
+            a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
             wgmma_wait<0>();
-            release(&s.empty[stage]);                            // before the promotion: neither side need wait for it
-            landed = barrier_test(&s.full[ring.stage], ring.phase);
+            release(this_empty);                                 // before the promotion: neither side need wait for it
+            landed = barrier_test(&ring.stage(s).full, ring.phase);
             promote(kItems - 1);
         }
         if constexpr (kSplit > 1)
@@ -289,9 +308,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     const bool loads = warp == kConsumers * 4;
     if (loads && elect_one()) {
         prefetch_map(p.a), prefetch_map(p.b);
-        for (int i = 0; i < kStages; ++i) {
-            barrier_init(&s.full[i], 1 + scale_threads(p));
-            barrier_init(&s.empty[i], kConsumers * 4 * kShare);
+        for (Stage& stage : s.stages) {
+            barrier_init(&stage.full, 1 + scale_threads(p));
+            barrier_init(&stage.empty, kConsumers * 4 * kShare);
         }
         for (int i = 0; i < kConsumers; ++i) barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], 4);
         fence_barrier_init();

@@ -26,6 +26,10 @@ PTX void cluster_sync() {
 PTX void cluster_sync_barriers() {               // after fence_barrier_init: nothing else needs to be made visible
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The value itself, which the assembler must now keep: it would rather compute it again in each turn of a loop, between
+// two wgmmas. Whole warps.
+PTX u32 keep(u32 value) { return __shfl_sync(0xffffffff, value, threadIdx.x % 32); }
+PTX u32 keep_uniform(u32 value) { return __shfl_sync(0xffffffff, value, 0); }    // the same in all lanes
 PTX void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
@@ -48,22 +52,21 @@ PTX void barrier_arrive_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-PTX void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+PTX void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory"); }
+// Where the same thing lies in CTA `rank` of the cluster.
+PTX u32 remote_address(const void* p, u32 rank) {
+    u32 remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(rank));
+    return remote;
 }
-// The same barrier in CTA `rank` of the cluster. Scope .cta on purpose: it orders reads of our own shared memory, and
-// .release.cluster costs a MEMBAR.GPU each time.
-PTX void barrier_arrive_remote(u64* barrier, u32 rank) {
-    asm volatile("{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
-                 :: "r"(shared_address(barrier)), "r"(rank) : "memory");
+// Scope .cta on purpose: it orders reads of our own shared memory, and .release.cluster costs a MEMBAR.GPU each time.
+PTX void barrier_arrive_remote(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
-// Four floats into the shared memory of CTA `rank`, 16 bytes that its barrier counts.
-PTX void store_async_remote(const void* to, const float* v, u64* barrier, u32 rank) {
-    asm volatile("{ .reg .b32 data, bar; mapa.shared::cluster.u32 data, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;\n"
-                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [data], {%3, %4, %5, %6}, [bar]; }"
-                 :: "r"(shared_address(to)), "r"(shared_address(barrier)), "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]),
-                    "f"(v[3]) : "memory");
+// Four floats into another CTA's shared memory, 16 bytes that its barrier counts.
+PTX void store_async_remote(u32 to, const float* v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier) : "memory");
 }
 PTX bool barrier_try_wait(u64* barrier, u32 phase) {
     u32 done;

@@ -16,10 +16,13 @@ template <int PENDING> PTX void wgmma_wait() {
 
 // Descriptor of an operand in shared memory: rows of 128 bytes, swizzled by TMA in atoms of 8 rows (1024 bytes apart).
 // Addresses count 16 bytes: add 2 for the next 32 of K. They are kept apart so that a loop adds to 32 bits only.
-PTX u32 wgmma_address(const void* tile) { return shared_address(tile) / 16; }
+PTX u32 wgmma_address(const void* tile) {
+    constexpr u32 kUnused = 1u << 16;
+    return kUnused | shared_address(tile) / 16;
+}
 PTX u64 wgmma_operand(u32 address) {
-    constexpr u32 kSwizzle128 = 1u << 30, kAtomStride = 1024 / 16, kUnused = 1u << 16;
-    return static_cast<u64>(kSwizzle128 | kAtomStride) << 32 | (kUnused | address);
+    constexpr u32 kSwizzle128 = 1u << 30, kAtomStride = 1024 / 16;
+    return static_cast<u64>(kSwizzle128 | kAtomStride) << 32 | address;
 }
 
 template <int N> struct Wgmma;                   // Wgmma<N>::mma(d, a, b, accumulate): d = a . b' (+ d)
