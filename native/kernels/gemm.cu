@@ -44,8 +44,8 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
 #endif
 
-// The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to addresses
-// and to wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core may lose.
+// The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to
+// addresses and wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core loses.
 struct Ring {
     u32 offset = 0, phase = 0;
     __device__ Stage& stage(SharedStorage& s) const {
@@ -158,8 +158,8 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
-// Gives a stage back to every producer that fills it: one arrival a warp, in each CTA that shares it. `empty`: for lane l
-// the barrier in CTA l.
+// Gives a stage back to every producer that fills it: one arrival a warp, in each CTA that shares it. `empty`: lane l's
+// is the barrier in CTA l.
 __device__ void release(u32 empty) {
     const int lane = threadIdx.x % 32;
     if constexpr (kShare == 1) {
