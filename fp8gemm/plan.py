@@ -12,6 +12,7 @@ from . import native
 from .device import Device
 from .errors import PlanError
 
+SPACE_VERSION = 1  # of the fields of Plan and their meaning: a stored plan of another version is not read
 TILE_K = 128  # one scale block, one swizzled row of shared memory
 
 # createpolicy encodings, as the driver's headers' users know them: fractional policies over all of the data.
