@@ -2,7 +2,7 @@
 
 from . import cost, native
 from .backends import CpuPlan, cpu_threads
-from .device import get_num_sms, require_hopper
+from .device import Device, get_num_sms, require_hopper
 from .plan import Plan
 from .problem import Problem
 
@@ -30,11 +30,20 @@ def cuda_plan(found: native.Problem, expected_m: int = 0) -> Plan | None:
     return cost.default_plan(problem, device, get_num_sms(found.device_id))
 
 
-def cpu_plan(found: native.Problem) -> CpuPlan:
-    """The CPU backend's plan of a described problem."""
-    threads = cpu_threads()
-    rows = -(-found.m // CPU_TILE_M)
+def default_plan(problem: Problem, device: Device, num_sms: int) -> Plan | CpuPlan:
+    """The plan of a problem that nobody has tuned, on `num_sms` of the device's SMs."""
+    return cpu_default(problem, num_sms) if device.is_cpu else cost.default_plan(problem, device, num_sms)
+
+
+def cpu_default(problem: Problem, threads: int) -> CpuPlan:
+    """Tiles as wide as leave enough of them that no thread waits long for the last."""
+    rows = -(-problem.m // CPU_TILE_M)
     for tile_n in (256, 128, 64):
-        if rows * (found.n // tile_n) >= 4 * threads:  # enough tiles that none waits long for the last
+        if rows * (problem.n // tile_n) >= 4 * threads:
             return CpuPlan(threads, tile_n)
     return CpuPlan(threads, 32)
+
+
+def cpu_plan(found: native.Problem) -> CpuPlan:
+    """The CPU backend's plan of a described problem."""
+    return cpu_default(Problem(found.kind, found.m, found.n, found.k, found.groups), cpu_threads())

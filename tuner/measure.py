@@ -1,0 +1,114 @@
+"""Times plans against each other: in turns, losers leave early, until the lead exceeds the noise.
+
+What is timed is a `Rig`: one problem's operands on one device. Nothing here knows which.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from fp8gemm.store import AnyPlan
+
+FIRST_ROUNDS = 3  # before anyone is judged
+MOST_ROUNDS = 30
+LEAST_ROUNDS = 5  # for a time that counts
+PATIENCE = 20  # bursts without one undisturbed round, after which a race is given up
+
+Stop = Callable[[], bool]  # whether the sweep has to end now
+
+
+class Rig(Protocol):
+    """One problem on one device. Every output is checked against a reference that shares no code with the plans."""
+
+    def error(self, plan: AnyPlan) -> float:
+        """Runs the plan on a poisoned output: its error over that of rounding to bf16; infinite or NaN if it is wrong.
+
+        Raises Fp8GemmError if the plan cannot be run at all.
+        """
+
+    def times(self, plans: Sequence[AnyPlan], rounds: int) -> list[list[float]]:
+        """Seconds of each plan in `rounds` rounds in which they take turns; rounds that were disturbed are left out."""
+
+    def clock_hz(self) -> float | None:
+        """The SMs' clock now; None where nobody tells."""
+
+    def close(self) -> None:
+        """Frees the operands."""
+
+
+class Timing(NamedTuple):
+    """Median of a plan's rounds, in seconds, and the median's standard error."""
+
+    seconds: float
+    spread: float
+    rounds: int
+
+
+def summarise(samples: Sequence[float]) -> Timing:
+    """For normal noise: 1.48 makes a standard deviation of the median deviation, 1.25 a median's error of a mean's."""
+    middle = statistics.median(samples)
+    deviation = statistics.median(abs(x - middle) for x in samples)
+    return Timing(middle, 1.2533 * 1.4826 * deviation / math.sqrt(len(samples)), len(samples))
+
+
+def clearly_slower(one: Timing, than: Timing) -> bool:
+    """Whether a plan may leave the race. The fewer rounds, the larger the lead must be: early noise is no estimate."""
+    lead = one.seconds - than.seconds
+    return lead > 3 * (one.spread + than.spread) and lead > 0.45 / one.rounds * than.seconds
+
+
+class Race:
+    """The timings of several plans. `dropped` hears of each loser as it leaves."""
+
+    def __init__(
+        self,
+        rig: Rig,
+        plans: Iterable[AnyPlan],
+        keep: Iterable[AnyPlan],
+        stop: Stop,
+        dropped: Callable[[AnyPlan, Timing], None],
+        pause: Callable[[float], None] | None = None,
+    ) -> None:
+        """`keep`: plans that stay to the end, so that their times are of the same rounds as the winner's. `pause` is
+        told the seconds of each burst and may rest."""
+        self.rig, self.stop, self.dropped, self.pause = rig, stop, dropped, pause
+        self.alive = list(dict.fromkeys(plans))
+        self.keep = set(keep)
+        self.samples: dict[AnyPlan, list[float]] = {plan: [] for plan in self.alive}
+
+    def run(self) -> dict[AnyPlan, Timing]:
+        """The survivors, fastest first; empty if it was stopped, or disturbed, before any time counts."""
+        rounds, fruitless = FIRST_ROUNDS, 0
+        while not self.stop() and fruitless < PATIENCE:
+            order = self.alive[1:] + self.alive[:1]  # another one begins each time
+            self.alive = order
+            found = self.rig.times(order, rounds)
+            for plan, times in zip(order, found, strict=True):
+                self.samples[plan] += times
+            fruitless = 0 if any(found) else fruitless + 1
+            if self.pause:
+                self.pause(sum(map(sum, found)))
+            if min(len(self.samples[plan]) for plan in self.alive) >= FIRST_ROUNDS and self._judge():
+                break
+            rounds = FIRST_ROUNDS
+        return {plan: t for plan, t in self.standings().items() if t.rounds >= LEAST_ROUNDS}
+
+    def standings(self) -> dict[AnyPlan, Timing]:
+        """Who is left and was timed, fastest first."""
+        timings = {plan: summarise(self.samples[plan]) for plan in self.alive if self.samples[plan]}
+        return dict(sorted(timings.items(), key=lambda item: item[1].seconds))
+
+    def _judge(self) -> bool:
+        """Drops losers. Whether the race is over."""
+        timings = self.standings()
+        leader, best = next(iter(timings.items()))
+        for plan, timing in timings.items():
+            if plan not in self.keep and plan != leader and clearly_slower(timing, best):
+                self.alive.remove(plan)
+                self.dropped(plan, timing)
+        least = min(len(self.samples[plan]) for plan in self.alive)
+        others = [timings[plan] for plan in self.alive if plan != leader]
+        return least >= MOST_ROUNDS or (
+            least >= 3 * FIRST_ROUNDS and all(clearly_slower(timing, best) for timing in others)
+        )
