@@ -27,6 +27,7 @@ from .layout import (
     get_m_alignment_for_contiguous_layout,
     get_tma_aligned_size,
 )
+from .live import refresh
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
 __version__ = "0.1.0"
@@ -55,5 +56,6 @@ __all__ = [
     "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
     "per_block_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "refresh",
     "set_num_sms",
 ]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from . import compiler, device, native
 from .errors import BackendUnavailable, CompilerNotFound
-from .plan import Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
+from .plan import K_ASCENDING, Kernel, cast_kernel, copy_kernel
 
 _kernels: dict[tuple[int, Kernel], ctypes.c_void_p] = {}
 _lock = threading.Lock()
@@ -54,16 +54,9 @@ def _check_driver() -> None:
         )
 
 
-def cuda_gemm(operands: native.Operands, found: native.Problem, plan: Plan | None, stream: int) -> None:
-    """Launches one GEMM on the stream: by `plan`, or without one by the reference kernel."""
-    library, o, p = native.library(), ctypes.byref(operands), ctypes.byref(found)
-    if found.m == 0:
-        return
-    if plan is None:
-        library.launch_reference(loaded(found.device_id, reference_kernel(found.kind), stream), o, p, stream)
-        return
-    kernel = loaded(found.device_id, plan.kernel(found.kind), stream, plan.shared_bytes)
-    library.launch_gemm(kernel, o, p, ctypes.byref(plan.native()), stream)
+def run(entry: native.Entry, operands: native.Operands, found: native.Problem, stream: int | None) -> None:
+    """One GEMM as its entry of the table says: on CUDA on the stream, on the CPU now."""
+    native.library().run(ctypes.byref(entry), ctypes.byref(operands), ctypes.byref(found), stream)
 
 
 def cuda_cast(
@@ -101,7 +94,7 @@ class CpuPlan(NamedTuple):
     @property
     def reduction(self) -> str:
         """How K is summed; see `Plan.reduction`."""
-        return "k ascending"
+        return K_ASCENDING
 
     def violations(self, kind: int, device: device.Device) -> Iterator[str]:
         """Every rule that the plan breaks, in words; none if it is legal."""
@@ -123,11 +116,6 @@ def cpu_device() -> device.Device:
     """This machine's CPU as plans and the store see it: its cores as SMs."""
     name = f"{device.cpu_name()}, {native.library().cpu_features().decode()}"
     return device.Device(name, (0, 0), cpu_threads(), 0, 0, 0.0, 0.0)
-
-
-def cpu_gemm(operands: native.Operands, found: native.Problem, plan: CpuPlan) -> None:
-    """Computes one GEMM now, on the calling thread and `plan.threads - 1` more."""
-    native.library().cpu_gemm(ctypes.byref(operands), ctypes.byref(found), ctypes.byref(native.CpuPlan(*plan)))
 
 
 def cpu_cast(per_block: bool, x: native.Tensor, q: native.Tensor, s: native.Tensor) -> None:

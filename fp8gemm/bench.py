@@ -168,8 +168,8 @@ def _case(bench: Workbench, problem: Problem, weights: Matrix, rounds: int) -> C
 def _plan(bench: Workbench, problem: Problem) -> str:
     kind, _, number = bench.device.partition(":")
     device_type = native.CPU if kind == "cpu" else native.CUDA
-    found = native.Problem(problem.kind, device_type, int(number or 0), problem.m, problem.n, problem.k, 1, 1, 1)
-    return str(planner.cpu_plan(found) if kind == "cpu" else planner.cuda_plan(found) or "reference kernel")
+    found = native.Problem(problem.kind, device_type, int(number or 0), problem.m, problem.n, problem.k, 1, 1, 1, 1)
+    return str(planner.choose(planner.make_key(found))[0])
 
 
 def build_kernels(say: Say) -> Iterator[Build]:

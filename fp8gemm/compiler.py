@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib import resources
 from pathlib import Path
@@ -29,7 +28,6 @@ _FATAL_WARNINGS = {
     "C7508": "setmaxnreg is ignored",
     "C7506": "setmaxnreg is ignored",
 }
-_lock = threading.Lock()
 
 
 class Built(NamedTuple):
@@ -199,11 +197,10 @@ def key(kernel: Kernel) -> str:
 
 
 def cubin(kernel: Kernel) -> bytes:
-    """The kernel's cubin, from the cache or built now."""
+    """The kernel's cubin, from the cache or built now. NVRTC builds in as many threads as ask for kernels."""
 
     def build_and_report() -> bytes:
-        with _lock:  # one NVRTC build at a time in a process; other processes are kept apart by the cache
-            built = build(kernel)
+        built = build(kernel)
         debug(kernel, f"{' '.join(options(kernel))}\n{built.log}{built.seconds:.2f} s")
         return built.cubin
 

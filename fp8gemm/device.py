@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import platform
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,10 +69,6 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-_limits: dict[int, int] = {}
-_lock = threading.Lock()
-
-
 def set_num_sms(num_sms: int, device: int = 0) -> None:
     """Lets GEMMs on `device` use at most `num_sms` SMs, from 1 to all of them, as to leave some for communication.
 
@@ -82,10 +77,9 @@ def set_num_sms(num_sms: int, device: int = 0) -> None:
     most = read_device(device).sms
     if isinstance(num_sms, bool) or not isinstance(num_sms, int) or not 1 <= num_sms <= most:
         raise OperandError("num_sms", f"{num_sms!r}; cuda:{device} has {most} SMs, so an int from 1 to {most}")
-    with _lock:
-        _limits[device] = num_sms
+    native.library().limit_sms(device, num_sms if num_sms < most else 0)
 
 
 def get_num_sms(device: int = 0) -> int:
     """SMs that GEMMs on `device` may use: what `set_num_sms` said, else all."""
-    return _limits.get(device) or read_device(device).sms
+    return int(native.library().sm_limit(device)) or read_device(device).sms

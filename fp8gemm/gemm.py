@@ -3,7 +3,7 @@
 import ctypes
 from typing import Any
 
-from . import backends, native, planner
+from . import backends, live, native, planner
 from .dlpack import BF16, Tensor, call_stream, cuda_device, hold, read
 from .errors import OperandError
 from .layout import M_ALIGNMENT
@@ -36,8 +36,7 @@ def gemm_fp8_fp8_bf16_nt(
         BackendUnavailable: CUDA tensors that cannot run here.
         NotPrepared: the kernel is not loaded yet and the stream is being captured.
     """
-    del batch_invariant  # no plan splits K: k ascending is the only order
-    return _call(native.DENSE, lhs, rhs, d, None, stream)
+    return _call(native.DENSE, lhs, rhs, d, None, stream, batch_invariant)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
@@ -68,13 +67,12 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
 
     Raises as `gemm_fp8_fp8_bf16_nt`; OperandError unless exactly one of m_indices and group_ends is given.
     """
-    del batch_invariant
     if (m_indices is None) == (group_ends is None):
         given = "neither" if m_indices is None else "both"
         raise OperandError("m_indices", f"{given} of m_indices and group_ends given; exactly one is needed")
     kind = native.CONTIGUOUS if group_ends is None else native.RAGGED
     layout = m_indices if group_ends is None else group_ends
-    return _call(kind, lhs, rhs, d, layout, stream, expected_m, validate)
+    return _call(kind, lhs, rhs, d, layout, stream, batch_invariant, expected_m, validate)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
@@ -99,8 +97,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
             choice of a plan only; 0: Mmax.
         validate: as in the contiguous form.
     """
-    del batch_invariant
-    return _call(native.MASKED, lhs, rhs, d, masked_m, stream, expected_m, validate)
+    return _call(native.MASKED, lhs, rhs, d, masked_m, stream, batch_invariant, expected_m, validate)
 
 
 def _call(
@@ -110,6 +107,7 @@ def _call(
     d: Any,
     layout: Any,
     stream: Any,
+    batch_invariant: bool | None,
     expected_m: int = 0,
     validate: bool = False,
 ) -> Any:
@@ -137,10 +135,11 @@ def _call(
         shape = (found.groups, found.m, found.n) if kind == native.MASKED else (found.m, found.n)
         d = Tensor(shape, BF16, (found.device_type, found.device_id), handle)
         operands.d = d.view
-    if handle is None:
-        backends.cpu_gemm(operands, found, planner.cpu_plan(found))
-    else:
-        backends.cuda_gemm(operands, found, planner.cuda_plan(found, expected_m), handle)
+    if found.m:
+        entry = planner.planned(planner.make_key(found, expected_m, bool(batch_invariant)), handle)
+        backends.run(entry, operands, found, handle)
+        live.watch()
+    if handle is not None:
         if isinstance(d, Tensor):
             d.written(handle)
         hold(tensors.values(), found.device_id, handle)

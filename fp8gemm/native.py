@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from . import errors
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 CPU, CUDA = 1, 2  # DLPack device types
 DENSE, CONTIGUOUS, RAGGED, MASKED = range(4)  # kinds
 
@@ -81,6 +81,40 @@ class CpuPlan(Structure):
     _fields_: ClassVar = [("threads", c_int32), ("tile_n", c_int32)]
 
 
+class Key(Structure):
+    """What a call is looked up by; zero where it makes no difference."""
+
+    _fields_: ClassVar = [
+        (name, c_int32)
+        for name in (
+            "kind",
+            "device_type",
+            "device_id",
+            "reference",
+            "m",
+            "n",
+            "k",
+            "groups",
+            "expected_m",
+            "row_scales",
+            "num_sms",
+            "batch_invariant",
+        )
+    ]
+
+
+class Entry(Structure):
+    """What the calls of a key do. Never changes once it is in the table."""
+
+    _fields_: ClassVar = [
+        ("key", Key),
+        ("kernel", c_void_p),
+        ("plan", Plan),
+        ("cpu_plan", CpuPlan),
+        ("from_store", c_int32),
+    ]
+
+
 class Device(Structure):
     _fields_: ClassVar = [("name", c_char * 96)] + [
         (name, c_int32)
@@ -121,6 +155,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "buffer_written": [c_void_p, _S],
     "buffer_await": [c_void_p, _S],
     "describe": [_P(Operands), _P(Problem)],
+    "put": [_P(Entry)],
+    "run": [_P(Entry), _P(Operands), _P(Problem), _S],
+    "limit_sms": [c_int, c_int],
+    "check_fork": [],
     "driver_version": [_P(c_int)],
     "device_count": [_P(c_int)],
     "device_read": [c_int, _P(Device)],
@@ -149,6 +187,12 @@ _PLAIN: dict[str, tuple[Any, list[Any]]] = {  # no status
     "buffer_release": (None, [c_void_p]),
     "buffer_export": (c_void_p, [c_void_p, _P(Tensor), c_int]),
     "cpu_features": (c_char_p, []),
+    "bucket": (c_int32, [c_int64]),
+    "make_key": (None, [_P(Problem), c_int64, c_int, _P(Key)]),
+    "find": (_P(Entry), [_P(Key)]),
+    "entries": (c_size_t, [_P(Entry), _P(c_uint64), c_size_t]),
+    "forget_plans": (None, []),
+    "sm_limit": (c_int, [c_int]),
 }
 
 

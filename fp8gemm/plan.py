@@ -13,6 +13,7 @@ from .device import Device
 from .errors import PlanError
 
 SPACE_VERSION = 1  # of the fields of Plan and their meaning: a stored plan of another version is not read
+K_ASCENDING = "k ascending"  # the reduction that is batch-invariant: a row's bits depend on nothing but the row
 TILE_K = 128  # one scale block, one swizzled row of shared memory
 
 # createpolicy encodings, as the driver's headers' users know them: fractional policies over all of the data.
@@ -54,7 +55,7 @@ class Plan(NamedTuple):
     @property
     def reduction(self) -> str:
         """How K is summed: plans of one reduction give the same bits, so one may replace another between two calls."""
-        return "k ascending"
+        return K_ASCENDING
 
     @property
     def threads(self) -> int:

@@ -290,9 +290,16 @@ class Mirror:
         return True
 
     def plan(self, problem: Problem, device: Device, num_sms: int) -> AnyPlan | None:
-        """The stored plan of a problem whose sizes are buckets; None if there is no legal one."""
-        text = self._plans.get((Task(problem, device.name, device.sms, num_sms), space(device)))
-        return None if text is None else parse_plan(text, problem.kind, device, num_sms)
+        """The stored plan of a problem whose sizes are buckets; None if there is no legal one.
+
+        Where only the other layout of A's scales was tuned, that plan serves: it moves the times of all plans alike.
+        """
+        other = problem._replace(row_scales=not problem.row_scales)
+        for known in (problem, other):
+            text = self._plans.get((Task(known, device.name, device.sms, num_sms), space(device)))
+            if text and (plan := parse_plan(text, problem.kind, device, num_sms)):
+                return plan
+        return None
 
     def __len__(self) -> int:
         return len(self._plans)

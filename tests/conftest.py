@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from references import SEED, fresh_rng
 
-from fp8gemm import device
+from fp8gemm import device, native
 
 settings.register_profile(
     "fp8gemm",
@@ -43,7 +43,8 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_sm_limits() -> Iterator[None]:
     yield
-    device._limits.clear()
+    for device_id in range(4):
+        native.library().limit_sms(device_id, 0)
 
 
 @pytest.fixture

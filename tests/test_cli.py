@@ -198,7 +198,7 @@ def test_doctor_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_sees_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_gpus", list)
-    monkeypatch.setattr("fp8gemm.backends.cpu_gemm", lambda *_: None)  # leaves the poison
+    monkeypatch.setattr("fp8gemm.backends.run", lambda *_: None)  # leaves the poison
     code, report = call_json("doctor")
     assert code == 1
     assert report["trials"][0]["right"] is False

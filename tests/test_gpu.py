@@ -46,20 +46,18 @@ def torch(hopper: int) -> Iterator[Any]:
 
 
 @pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plan], None]:
+def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Plan], None]]:
     """Makes every call take the given plan, where it takes any."""
-    choose = planner.cuda_plan
 
     def force(forced: Plan) -> None:
-        def chosen(found: native.Problem, expected_m: int = 0) -> Plan | None:
-            if choose(found, expected_m) is None:
-                return None
-            p = Problem(found.kind, found.m, found.n, found.k, found.groups, expected_m)
-            return forced._replace(raster=cost.raster(p, forced))
+        def chosen(p: Problem, device: device.Device, num_sms: int) -> tuple[Plan, bool]:
+            return forced._replace(raster=cost.raster(p, forced)), False
 
-        monkeypatch.setattr(planner, "cuda_plan", chosen)
+        planner.forget()
+        monkeypatch.setattr(planner, "chosen", chosen)
 
-    return force
+    yield force
+    planner.forget()
 
 
 class Tools:
@@ -480,6 +478,7 @@ def test_capture_of_a_kernel_that_is_not_loaded(torch: Any, tools: Tools, monkey
     gemm_fp8_fp8_bf16_nt(lhs, rhs, d)
     with monkeypatch.context() as patch:
         patch.setattr(backends, "_kernels", {})
+        planner.forget()
         caught = []
 
         def call() -> None:

@@ -25,7 +25,9 @@ LAYERS = [
     ["cost", "cache"],
     ["compiler"],
     ["backends"],
+    ["store"],
     ["planner"],
+    ["live"],
     ["layout"],
     ["gemm", "quantize"],
     ["__init__"],
@@ -181,6 +183,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "problem": native.Problem,
     "plan": native.Plan,
     "cpu_plan": native.CpuPlan,
+    "key": native.Key,
+    "entry": native.Entry,
     "device": native.Device,
     "error": native._Error,
 }

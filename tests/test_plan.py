@@ -186,28 +186,28 @@ def found(kind: int, m: int, n: int, k: int, groups: int = 1, tma: bool = True) 
 def test_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "read_device", lambda device_id: SMALL)
     for kind in range(4):
-        picked = planner.cuda_plan(found(kind, 100, 512, 1024, 4), 17)
-        assert picked is not None
+        picked, from_store = planner.choose(planner.make_key(found(kind, 100, 512, 1024, 4), 17))
+        assert isinstance(picked, plan.Plan)
+        assert not from_store
         assert not list(picked.violations(kind, SMALL))
         assert picked.num_sms == SMALL.sms
     for sms in (1, 3, 16):
         device.set_num_sms(sms)
-        picked = planner.cuda_plan(found(0, 100, 512, 1024))
-        assert picked is not None
+        picked, _ = planner.choose(planner.make_key(found(0, 100, 512, 1024)))
+        assert isinstance(picked, plan.Plan)
         assert picked.num_sms == sms
-    for none in (found(0, 0, 512, 1024), found(0, 5, 512, 0), found(0, 5, 512, 1024, tma=False)):
-        assert planner.cuda_plan(none) is None  # the reference kernel's, or nobody's
+    for reference in (found(0, 5, 512, 0), found(0, 5, 512, 1024, tma=False)):
+        assert planner.choose(planner.make_key(reference)) == (None, False)
 
 
 @settings(max_examples=100)
 @given(st.integers(0, 10000), st.integers(1, 100000), st.integers(1, 128))
 def test_cpu_plan(m: int, n: int, threads: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "cpu_threads", lambda: threads)
-        picked = planner.cpu_plan(native.Problem(0, native.CPU, 0, m, n, 128, 1))
+    cpu = Device("a CPU", (0, 0), threads, 0, 0, 0.0, 0.0)
+    picked = planner.default_plan(Problem(native.DENSE, m, n, 128), cpu, threads)
+    assert isinstance(picked, backends.CpuPlan)
     assert picked.threads == threads
-    assert 16 <= picked.tile_n <= 256
-    assert picked.tile_n % 16 == 0
+    assert not list(picked.violations(native.DENSE, cpu))
 
 
 def test_cpu_threads() -> None:

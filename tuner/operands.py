@@ -21,7 +21,9 @@ def pieces(problem: Problem) -> list[Piece]:
         return [Piece(0, 0, problem.m)]
     if problem.kind == native.MASKED:
         mean = min(problem.expected_m or problem.m, problem.m)
-        return [Piece(g, 0, min(rows, problem.m)) for g, rows in enumerate(_uneven(mean * problem.groups, problem.groups))]
+        return [
+            Piece(g, 0, min(rows, problem.m)) for g, rows in enumerate(_uneven(mean * problem.groups, problem.groups))
+        ]
     if problem.kind == native.RAGGED:
         found, first = [], 0
         for g, rows in enumerate(_uneven(problem.m, problem.groups)):

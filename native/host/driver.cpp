@@ -1,30 +1,20 @@
 #include "driver.h"
 
 #include <dlfcn.h>
-#include <pthread.h>
 
 #include <atomic>
-#include <cstdio>
-#include <cstring>
 
 #include "error.h"
+#include "lock.h"
 
 namespace fp8gemm {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
-pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 Driver driver_calls;
 std::atomic<const Driver*> opened{nullptr};
+int opened_after = 0;                            // forks; written before `opened`
 std::atomic<CUcontext> contexts[kMaxDevices];
 std::atomic<CUstream> own_streams[kMaxDevices];
-std::atomic<bool> forked{false};
-
-struct Lock {
-    Lock() { pthread_mutex_lock(&mutex); }
-    ~Lock() { pthread_mutex_unlock(&mutex); }
-};
 
 int resolve(void* library) {
     struct { const char* name; void** slot; } const calls[] = {
@@ -52,12 +42,7 @@ int driver_failure(const Driver& driver, CUresult result, const char* call) {
 
 int open_driver(const Driver** out) {
     *out = opened.load(std::memory_order_acquire);
-    if (*out) {
-        if (forked.load(std::memory_order_relaxed))
-            return fail(FP8GEMM_UNAVAILABLE, "",
-                        "this process was forked after CUDA was used; CUDA does not survive a fork (use spawn)");
-        return FP8GEMM_OK;
-    }
+    if (*out) return fp8gemm_check_fork();
     Lock lock;
     if (!opened.load(std::memory_order_relaxed)) {
         void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -68,7 +53,7 @@ int open_driver(const Driver** out) {
             fp8gemm_error error = *fp8gemm_last_error();
             return fail(FP8GEMM_UNAVAILABLE, "", "%s", error.message);
         }
-        pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+        opened_after = forks();
         opened.store(&driver_calls, std::memory_order_release);
     }
     *out = &driver_calls;
@@ -118,6 +103,12 @@ int own_stream(const Driver& cu, int device_id, CUstream* stream) {
 }  // namespace fp8gemm
 
 using namespace fp8gemm;
+
+int fp8gemm_check_fork(void) {
+    if (!opened.load(std::memory_order_acquire) || opened_after == forks()) return FP8GEMM_OK;
+    return fail(FP8GEMM_UNAVAILABLE, "",
+                "this process was forked after CUDA was used; CUDA does not survive a fork (use spawn)");
+}
 
 int fp8gemm_driver_version(int* version) {
     const Driver* cu;

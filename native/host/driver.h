@@ -7,6 +7,8 @@
 
 namespace fp8gemm {
 
+constexpr int kMaxDevices = 64;
+
 using CUresult = int;
 using CUdevice = int;
 using CUdeviceptr = unsigned long long;

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define FP8GEMM_ABI_VERSION 1
+#define FP8GEMM_ABI_VERSION 2
 #define FP8GEMM_API __attribute__((visibility("default")))
 
 typedef enum {
@@ -81,6 +81,26 @@ typedef struct {
 typedef struct fp8gemm_kernel fp8gemm_kernel;   /* a loaded kernel, for the life of the process */
 typedef struct fp8gemm_buffer fp8gemm_buffer;   /* memory of ours, counted */
 
+/* ---- the table of plans ------------------------------------------------------------------------------------------ */
+typedef struct {                                /* what a call is looked up by; zero where it makes no difference */
+    int32_t kind;
+    int32_t device_type, device_id;
+    int32_t reference;                          /* only the reference kernel can run it; all below is then zero */
+    int32_t m, n, k, groups;                    /* m: a bucket */
+    int32_t expected_m;                         /* rows of a group that the caller expects, a bucket; 0: no guess */
+    int32_t row_scales;                         /* A's scales don't suit bulk copies */
+    int32_t num_sms;                            /* the limit in force; 0: none */
+    int32_t batch_invariant;
+} fp8gemm_key;
+
+typedef struct {                                /* what its calls do */
+    fp8gemm_key key;
+    const fp8gemm_kernel *kernel;               /* null on the CPU */
+    fp8gemm_plan plan;                          /* CUDA; zeros for the reference kernel */
+    fp8gemm_cpu_plan cpu_plan;                  /* CPU */
+    int32_t from_store;                         /* 0: the cost model's */
+} fp8gemm_entry;
+
 FP8GEMM_API int fp8gemm_abi_version(void);
 FP8GEMM_API const fp8gemm_error *fp8gemm_last_error(void);
 
@@ -105,10 +125,26 @@ FP8GEMM_API void fp8gemm_capsule_delete(void *py_capsule);      /* a PyCapsule d
 /* Checks every operand and describes the problem. Where strides[i] belongs to a dimension of 1, it is made compact. */
 FP8GEMM_API int fp8gemm_describe(fp8gemm_operands *operands, fp8gemm_problem *problem);
 
-/* The driver is opened by the first of these. */
+/* Any thread may call these at any time. A found entry never changes and lives as long as the process. */
+FP8GEMM_API int32_t fp8gemm_bucket(int64_t m);                  /* rows for which one plan serves */
+FP8GEMM_API void fp8gemm_make_key(const fp8gemm_problem *problem, int64_t expected_m, int batch_invariant, fp8gemm_key *key);
+FP8GEMM_API const fp8gemm_entry *fp8gemm_find(const fp8gemm_key *key);           /* null: a miss; else counts a call */
+FP8GEMM_API int fp8gemm_put(const fp8gemm_entry *entry);                         /* replaces what its key had */
+/* Copies entries with their calls since the last listing, which starts the count anew; returns how many there are. */
+FP8GEMM_API size_t fp8gemm_entries(fp8gemm_entry *entries, uint64_t *calls, size_t capacity);
+FP8GEMM_API void fp8gemm_forget_plans(void);                    /* every problem is a miss again */
+FP8GEMM_API int fp8gemm_limit_sms(int device_id, int num_sms);  /* 0: no limit */
+FP8GEMM_API int fp8gemm_sm_limit(int device_id);
+/* What an entry says: on the CPU now, on CUDA on the stream. */
+FP8GEMM_API int fp8gemm_run(const fp8gemm_entry *entry, const fp8gemm_operands *operands, const fp8gemm_problem *problem,
+                            void *stream);
+
+/* The driver is opened by the first of these. A process that was forked after that gets FP8GEMM_UNAVAILABLE. */
+FP8GEMM_API int fp8gemm_check_fork(void);                       /* says only that */
 FP8GEMM_API int fp8gemm_driver_version(int *version);
 FP8GEMM_API int fp8gemm_device_count(int *count);
 FP8GEMM_API int fp8gemm_device_read(int device_id, fp8gemm_device *device);
+/* A stream that is being captured is refused; null: whatever is captured elsewhere goes on. */
 FP8GEMM_API int fp8gemm_kernel_load(int device_id, const void *cubin, size_t bytes, const char *name, int shared_bytes,
                                     void *stream, fp8gemm_kernel **kernel);
 

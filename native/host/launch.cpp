@@ -3,6 +3,7 @@
 #include <new>
 
 #include "../kernels/params.h"
+#include "dlpack.h"
 #include "driver.h"
 #include "error.h"
 
@@ -80,10 +81,10 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(device_id, &cu));
     int capturing = 0;
-    FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
+    if (stream) FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
     if (capturing)
-        return fail(FP8GEMM_NOT_PREPARED, "", "the kernel of this call is not loaded, and a stream capture is open; make the "
-                    "call once before the capture");
+        return fail(FP8GEMM_NOT_PREPARED, "", "the kernel of this call is not loaded, and a stream capture is open; use "
+                    "fp8gemm.prepare(), or make the call once, before the capture");
     int mode = kRelaxed;                         // another thread may be capturing
     FP8GEMM_CU(*cu, cuThreadExchangeStreamCaptureMode, &mode);
     CUmodule module = nullptr;
@@ -132,6 +133,13 @@ int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operand
     GemmParams params = make_params(*o, *p);
     const int groups = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED ? p->groups : 1;
     return launch(*cu, kernel->function, ceil_div(p->m, 64), ceil_div(p->n, 64), groups, 256, 0, 1, stream, &params);
+}
+
+int fp8gemm_run(const fp8gemm_entry* entry, const fp8gemm_operands* o, const fp8gemm_problem* p, void* stream) {
+    if (p->m == 0) return FP8GEMM_OK;
+    if (entry->key.device_type == dlpack::kCPU) return fp8gemm_cpu_gemm(o, p, &entry->cpu_plan);
+    if (entry->key.reference) return fp8gemm_launch_reference(entry->kernel, o, p, stream);
+    return fp8gemm_launch_gemm(entry->kernel, o, p, &entry->plan, stream);
 }
 
 int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8gemm_tensor* x, const fp8gemm_tensor* q,

@@ -1,0 +1,121 @@
+"""Follows the store while the process runs, in one background thread that the first call starts.
+
+Every 0.4 s it looks whether the file has changed. A new plan that gives the same bits as the one in use (the same
+reduction) takes its place at once: kernel loaded first, then the table's entry swapped. Another reduction waits for
+`refresh()` or the next start, so that no result changes between two calls. And it counts: calls of problems that no
+stored plan serves are misses, which the tuner takes from the store. Where that cannot be written now, the counts wait.
+
+Kernels are loaded so that captures which are open elsewhere go on. A forked child has no such thread.
+"""
+
+import atexit
+import os
+import threading
+import time
+
+from . import native, planner, store
+from .errors import Fp8GemmError
+from .store import Task
+
+INTERVAL = 0.4  # seconds between two looks at the file: new plans are in use within a second
+FLUSH_INTERVAL = 10.0  # seconds between two writes of counts alone; a problem not seen before is written at once
+_PATIENCE = 1.0  # seconds that the end of the process waits for a plan that is just being loaded
+
+
+class _Follower:
+    """What the thread does, one turn at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # turns are taken by the thread and by refresh()
+        self._misses: dict[Task, int] = {}
+        self._known: set[bytes] = set()
+        self._flushed = 0.0
+        self._refused = False  # a plan could not be loaded at the last turn
+
+    def turn(self, every_reduction: bool = False, flush: bool = False) -> int:
+        """Counts misses, adopts plans. The number of problems whose plan is another one now."""
+        with self._lock:
+            changed = store.mirror().refresh()
+            listed = planner.listing()
+            adopted = (
+                sum(self._adopt(entry.key, every_reduction) for entry in listed) if changed or every_reduction else 0
+            )
+            news = False
+            for entry in listed:
+                news |= self._count(entry)
+            if self._misses and (news or flush or time.monotonic() - self._flushed > FLUSH_INTERVAL):
+                if store.add_misses(store.path(), self._misses):
+                    self._misses.clear()
+                self._flushed = time.monotonic()
+            return adopted
+
+    def _count(self, entry: planner.Listed) -> bool:
+        """Whether it is a miss that was not known before."""
+        key = bytes(entry.key)
+        if entry.from_store or entry.key.reference:
+            self._known.discard(key)
+            return False
+        new = key not in self._known
+        if new or entry.calls:
+            self._known.add(key)
+            device = planner.device_of(entry.key)
+            limit = entry.key.num_sms or device.sms
+            task = Task(planner.problem_of(entry.key), device.name, device.sms, limit)
+            self._misses[task] = self._misses.get(task, 0) + entry.calls + new  # the table does not count the first
+        return new
+
+    def _adopt(self, key: native.Key, every_reduction: bool) -> bool:
+        """Whether the key's plan was replaced."""
+        old, new = planner.current(key), planner.stored(key, planner.device_of(key))
+        if old is None or new is None:
+            return False
+        if not every_reduction and new.reduction != old.reduction:
+            return False
+        try:
+            planner.publish(key, new, True)
+        except Fp8GemmError:  # it cannot be built or loaded now: the old one serves
+            self._refused = True
+            return False
+        return new != old
+
+
+_follower = _Follower()
+_stop = threading.Event()
+_thread: threading.Thread | None = None
+_start = threading.Lock()
+
+
+def refresh() -> int:
+    """Reads the store again and takes every plan that is in it, also where results may change in their last bits.
+
+    Returns the number of problems of this process whose plan is another one now.
+    """
+    return _follower.turn(every_reduction=True)
+
+
+def watch() -> None:
+    """Starts the thread, if it does not run and this process may have it."""
+    global _thread
+    if _thread is None:
+        with _start:
+            if _thread is None:
+                os.register_at_fork(after_in_child=_stop.set)
+                atexit.register(_finish, os.getpid())
+                _thread = threading.Thread(target=_run, name="fp8gemm store", daemon=True)
+                _thread.start()
+
+
+def _run() -> None:
+    while not _stop.wait(INTERVAL):
+        _follower.turn()
+
+
+def _finish(process: int) -> None:
+    """At exit: the thread ends, and what it counted is written."""
+    if os.getpid() != process or _stop.is_set():
+        return
+    _stop.set()
+    if _thread is not None:
+        _thread.join(_PATIENCE)
+        if not _thread.is_alive():
+            _follower.turn(flush=True)
