@@ -26,6 +26,9 @@ class Target(Protocol):
     def rig(self, task: Task) -> Rig:
         """The problem's operands on this device. Raises Fp8GemmError if there is no room."""
 
+    def announce(self, plans: Sequence[tuple[AnyPlan, Task]]) -> None:
+        """Says which plans `build` will be asked for, so that compiling may begin while others are measured."""
+
     def build(self, plans: Sequence[AnyPlan], task: Task, stop: Stop, say: Say) -> dict[AnyPlan, str]:
         """Compiles what the plans need into the cache. Those that cannot be built, and why."""
 
@@ -48,6 +51,8 @@ class CpuTarget:
         from .cpu import CpuRig
 
         return CpuRig(task)
+
+    def announce(self, plans: Sequence[tuple[AnyPlan, Task]]) -> None: ...
 
     def build(self, plans: Sequence[AnyPlan], task: Task, stop: Stop, say: Say) -> dict[AnyPlan, str]:
         return {}
