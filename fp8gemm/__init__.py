@@ -15,6 +15,7 @@ from .errors import (
     OperandError,
     PlanError,
     ShapeError,
+    StoreError,
 )
 from .gemm import (
     gemm_fp8_fp8_bf16_nt,
@@ -45,6 +46,7 @@ __all__ = [
     "OperandError",
     "PlanError",
     "ShapeError",
+    "StoreError",
     "Tensor",
     "ceil_div",
     "gemm_fp8_fp8_bf16_nt",

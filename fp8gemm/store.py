@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import cache
 from .backends import CPU_SPACE_VERSION, CpuPlan
 from .device import Device
+from .errors import StoreError
 from .plan import SPACE_VERSION, Plan
 from .problem import KINDS, Problem
 
@@ -188,11 +189,11 @@ def create(connection: "sqlite3.Connection") -> None:
         raise
 
 
-class StoreUnusable(Exception):
+class StoreUnusable(StoreError):
     """The file is not one that this version reads; `corrupt`: nor is it anybody's store."""
 
     def __init__(self, reason: str, corrupt: bool) -> None:
-        super().__init__(reason)
+        super().__init__(f"the store of plans cannot be used: {reason}")
         self.corrupt = corrupt
 
 
@@ -345,6 +346,20 @@ def mirror() -> Mirror:
 def plan(problem: Problem, device: Device, num_sms: int) -> AnyPlan | None:
     """The stored plan of a problem whose sizes are buckets; None if there is no legal one."""
     return mirror().plan(problem, device, num_sms)
+
+
+def rows(table: str, where: str = "", values: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Rows of a table, for people; none without a store. Raises StoreError if there is one that cannot be read."""
+    import sqlite3
+
+    if signature(path()) is None:
+        return []
+    try:
+        with contextlib.closing(open_reader(path())) as connection:
+            found = connection.execute(f"SELECT * FROM {table} {where}", values or {}) if check(connection) else []
+            return [dict(row) for row in found]
+    except sqlite3.Error as error:
+        raise StoreError(f"{path()}: {error}") from error
 
 
 def add_misses(file: Path, calls: Mapping[Task, int]) -> bool:

@@ -41,11 +41,11 @@ class Builder:
         self._pool = ProcessPoolExecutor(self.workers, spawn, _start, (nvrtc_12,))
         self._futures: dict[Kernel, Future[str | None]] = {}
 
-    def submit(self, kernels: Iterable[Kernel]) -> None:
-        """Begins to build those that are not in the cache."""
-        for kernel in kernels:
-            if kernel not in self._futures:
-                self._futures[kernel] = self._begin(kernel)
+    def submit(self, kernels: Iterable[Kernel]) -> int:
+        """Begins to build those that are not in the cache; how many these are."""
+        new = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._futures]
+        self._futures |= {kernel: self._begin(kernel) for kernel in new}
+        return sum(not self._futures[kernel].done() for kernel in new)
 
     def _begin(self, kernel: Kernel) -> "Future[str | None]":
         if cache.has(compiler.key(kernel)):

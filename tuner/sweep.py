@@ -16,6 +16,7 @@ from .target import Say, Target
 from .writer import Measurement, Winner, Writer
 
 RIGHT, WRONG = "right", "wrong"
+STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
 FINALISTS = 2  # of the first stage go on to the second
 
@@ -27,6 +28,11 @@ class Outcome(NamedTuple):
     winner: Winner | None
     measured: int  # plans that were timed
     reason: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether trying again would not help."""
+        return self.reason is not None and self.reason != STOPPED
 
 
 class Sweep:
@@ -57,7 +63,7 @@ class Sweep:
         plans = space.kernels(self.task, self.target.device, None if self.full else space.MOST)
         plans = self._built(dict.fromkeys([*plans, self.incumbent]))
         if not plans:
-            return self._nothing("stopped" if self.stop() else "no plan could be built")
+            return self._nothing(STOPPED if self.stop() else "no plan could be built")
         with contextlib.closing(self.target.rig(self.task)) as rig:
             return self._race(rig, plans)
 
@@ -79,7 +85,7 @@ class Sweep:
                 standings = later or standings
         self._record(rig, standings)
         if not standings:
-            return self._nothing("stopped" if self.stop() else "no right plan, or no undisturbed round")
+            return self._nothing(STOPPED if self.stop() else "no right plan, or no undisturbed round")
         winner = self._winner(standings)
         if not rig.error(winner.plan) <= TOLERANCE:  # once more, after all that ran since
             return self._nothing(f"{winner.plan} was right at first and is wrong now")

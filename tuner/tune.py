@@ -56,7 +56,10 @@ def run(
             show(Progress(index, len(tasks), task, doing, left))
 
         say("enumerating plans")
+        writer.renew(task)  # so that no daemon measures it too
         try:
             yield Sweep(target, writer, task, over, say, full=full).run()
         except Fp8GemmError as error:
             yield Outcome(task, None, 0, str(error).splitlines()[0])
+        finally:
+            writer.release(task)

@@ -15,6 +15,7 @@ from sqlite_utils import Database
 
 from fp8gemm import store
 from fp8gemm.device import Device
+from fp8gemm.errors import StoreError
 from fp8gemm.store import AnyPlan, Task
 
 LEASE_SECONDS = 120.0
@@ -67,16 +68,25 @@ def holder() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
+def exported() -> dict[str, Any]:
+    """Every winner of the store, as one JSON object that `Writer.load` takes elsewhere."""
+    rows = store.rows("winners", "ORDER BY device, num_sms, kind, n, k, groups, m")
+    return {"fp8gemm plans": EXPORT_VERSION, "exported": now(), "winners": rows}
+
+
 class Writer:
     """The store, open for writing; made if it is missing, begun anew if it is corrupt.
 
-    Raises StoreUnusable for a store of a newer version, OSError or sqlite3.Error if it cannot be written.
+    Raises StoreError if it cannot be written or is of a newer version.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file or store.path()
-        self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._connect()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._connect()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"{self.file} cannot be written: {error}") from error
 
     def _connect(self) -> None:
         seen = store.signature(self.file)
@@ -111,13 +121,17 @@ class Writer:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """IMMEDIATE: what is read inside is still true when it is written."""
-        self.connection.execute("BEGIN IMMEDIATE")
         try:
-            yield
-        except BaseException:
-            self.connection.execute("ROLLBACK")
-            raise
-        self.connection.execute("COMMIT")
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.file} cannot be written: {error}") from error
 
     # ---- what a sweep found
 
@@ -198,6 +212,11 @@ class Writer:
                     f"UPDATE misses SET failure = :failure WHERE {_WHERE_TASK}", task.row() | {"failure": failure}
                 )
 
+    def misses(self, device: Device) -> list[Task]:
+        """What waits to be tuned on this device, most-called first."""
+        where = "WHERE device = :device AND sms = :sms ORDER BY calls DESC, last_seen DESC"
+        return [Task.from_row(row) for row in self.rows("misses", where, {"device": device.name, "sms": device.sms})]
+
     # ---- for people
 
     def rows(self, table: str, where: str = "", values: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -217,11 +236,6 @@ class Writer:
         tables = (["winners", "measurements"] if winners else []) + (["misses", "leases"] if misses else [])
         with self._transaction():
             return {table: self.connection.execute(f"DELETE FROM {table}").rowcount for table in tables}
-
-    def export(self) -> dict[str, Any]:
-        """Every winner, as one JSON object that `load` takes elsewhere."""
-        rows = self.rows("winners", "ORDER BY device, num_sms, kind, n, k, groups, m")
-        return {"fp8gemm plans": EXPORT_VERSION, "exported": now(), "winners": rows}
 
     def load(self, exported: Any) -> tuple[int, int]:
         """Takes over exported winners, in place of those that are here: (taken, passed over because they are odd).
