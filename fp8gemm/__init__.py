@@ -29,6 +29,7 @@ from .layout import (
     get_tma_aligned_size,
 )
 from .live import refresh
+from .planner import Prepared, Shapes, prepare
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
 __version__ = "0.1.0"
@@ -45,7 +46,9 @@ __all__ = [
     "NotPrepared",
     "OperandError",
     "PlanError",
+    "Prepared",
     "ShapeError",
+    "Shapes",
     "StoreError",
     "Tensor",
     "ceil_div",
@@ -58,6 +61,7 @@ __all__ = [
     "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
     "per_block_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "prepare",
     "refresh",
     "set_num_sms",
 ]

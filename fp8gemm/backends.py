@@ -15,28 +15,29 @@ _kernels: dict[tuple[int, Kernel], ctypes.c_void_p] = {}
 _lock = threading.Lock()
 
 
-def loaded(device_id: int, kernel: Kernel, stream: int | None, shared_bytes: int = 0) -> ctypes.c_void_p:
-    """The kernel on that device, compiled and loaded if this process has not used it yet.
+def loaded(
+    device_id: int, kernel: Kernel, stream: int | None, shared_bytes: int = 0, may_build: bool | None = None
+) -> ctypes.c_void_p:
+    """The kernel on that device, compiled and loaded if this process has not used it yet, for a call on `stream`.
 
-    Raises BackendUnavailable (no Hopper, no driver, no compiler, a driver too old) or NotPrepared (in a capture).
+    `may_build` is what FP8GEMM_STRICT says by default. Raises BackendUnavailable (no Hopper, no driver, no compiler, a
+    driver too old, a fork after CUDA was used) or NotPrepared (in a capture, or it would have to be built but may not).
     """
     found = _kernels.get((device_id, kernel))
     if found is not None:
         return found
+    device.require_hopper(device_id)
+    native.library().require_no_capture(device_id, stream)
+    try:
+        cubin = compiler.cubin(kernel, not compiler.strict() if may_build is None else may_build)
+    except CompilerNotFound as error:
+        raise BackendUnavailable(f"cuda:{device_id}: {error}") from error
+    _check_driver()
     with _lock:
         if (device_id, kernel) not in _kernels:
-            device.require_hopper(device_id)
-            try:
-                cubin = compiler.cubin(kernel)
-            except CompilerNotFound as error:
-                raise BackendUnavailable(f"cuda:{device_id}: {error}") from error
-            _check_driver()
-            handle = ctypes.c_void_p()
-            function = kernel.function.encode()
+            handle, function = ctypes.c_void_p(), kernel.function.encode()
             started = time.perf_counter()
-            native.library().kernel_load(
-                device_id, cubin, len(cubin), function, shared_bytes, stream, ctypes.byref(handle)
-            )
+            native.library().kernel_load(device_id, cubin, len(cubin), function, shared_bytes, ctypes.byref(handle))
             compiler.debug(kernel, f"loaded on cuda:{device_id} in {1e3 * (time.perf_counter() - started):.1f} ms")
             _kernels[device_id, kernel] = handle
         return _kernels[device_id, kernel]

@@ -133,7 +133,7 @@ plans = typer.Typer(help="The store of measured plans: list, show, export, impor
 
 @plans.command("list")
 def list_plans(as_json: Json = False) -> None:
-    """List the winners: problem, plan, time, and what the default plan takes. Exit code 1 if the store is unreadable."""
+    """List the winners: problem, plan, time, the default plan's time. Exit code 1 if the store is unreadable."""
     from . import render_tune, store
 
     rows = store.rows("winners", "ORDER BY device, num_sms DESC, kind, n, k, groups, m")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import cache
-from .errors import CompileError, CompilerNotFound, Fp8GemmError
+from .errors import CompileError, CompilerNotFound, Fp8GemmError, NotPrepared
 from .plan import Kernel
 
 _OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
@@ -196,10 +196,23 @@ def key(kernel: Kernel) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def cubin(kernel: Kernel) -> bytes:
-    """The kernel's cubin, from the cache or built now. NVRTC builds in as many threads as ask for kernels."""
+def strict() -> bool:
+    """FP8GEMM_STRICT=1: no call compiles; what would have to raises NotPrepared."""
+    return os.environ.get("FP8GEMM_STRICT", "0") not in ("", "0")
+
+
+def cubin(kernel: Kernel, may_build: bool = True) -> bytes:
+    """The kernel's cubin, from the cache or built now. NVRTC builds in as many threads as ask for kernels.
+
+    Raises NotPrepared if it would have to be built but `may_build` is false.
+    """
 
     def build_and_report() -> bytes:
+        if not may_build:
+            raise NotPrepared(
+                "its kernel was never compiled on this machine, and under FP8GEMM_STRICT=1 no call compiles; "
+                "fp8gemm.prepare() does, when the process starts"
+            )
         built = build(kernel)
         debug(kernel, f"{' '.join(options(kernel))}\n{built.log}{built.seconds:.2f} s")
         return built.cubin

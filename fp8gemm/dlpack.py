@@ -37,10 +37,7 @@ class Imported(NamedTuple):
 
 
 def _exchange_api(x: object) -> int | None:
-    capsule = getattr(type(x), "__dlpack_c_exchange_api__", None)
-    if capsule is None or not _api.PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
-        return None
-    pointer: int = _api.PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
+    pointer: int | None = native.library().exchange_api(x)
     return pointer
 
 
@@ -80,6 +77,7 @@ def call_stream(stream: object, x: object, device_id: int | None) -> int | None:
         if stream is not None:
             raise OperandError("stream", "given, but the tensors are on the CPU")
         return None
+    native.library().check_fork()  # before the framework's own driver calls, which may hang
     return current_stream(x, device_id) if stream is None else stream_handle(stream)
 
 

@@ -65,7 +65,7 @@ class DriverError(Fp8GemmError, RuntimeError):
 
 
 class NotPrepared(Fp8GemmError, RuntimeError):
-    """A call would have to compile, load a kernel or allocate, where it must not (stream capture)."""
+    """A call would have to compile, load or allocate, where it must not (a stream capture, FP8GEMM_STRICT=1)."""
 
 
 class PlanError(Fp8GemmError, ValueError):

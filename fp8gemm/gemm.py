@@ -1,9 +1,10 @@
 """The GEMMs. Names and operands follow DeepGEMM's; tensors may come from any framework (see `fp8gemm.dlpack`)."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
-from . import backends, live, native, planner
+from . import backends, native, planner
 from .dlpack import BF16, Tensor, call_stream, cuda_device, hold, read
 from .errors import OperandError
 from .layout import M_ALIGNMENT
@@ -36,7 +37,7 @@ def gemm_fp8_fp8_bf16_nt(
         BackendUnavailable: CUDA tensors that cannot run here.
         NotPrepared: the kernel is not loaded yet and the stream is being captured.
     """
-    return _call(native.DENSE, lhs, rhs, d, None, stream, batch_invariant)
+    return _launch(native.DENSE, lhs, rhs, d, None, stream, batch_invariant, 0, False)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
@@ -72,7 +73,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
         raise OperandError("m_indices", f"{given} of m_indices and group_ends given; exactly one is needed")
     kind = native.CONTIGUOUS if group_ends is None else native.RAGGED
     layout = m_indices if group_ends is None else group_ends
-    return _call(kind, lhs, rhs, d, layout, stream, batch_invariant, expected_m, validate)
+    return _launch(kind, lhs, rhs, d, layout, stream, batch_invariant, expected_m, validate)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
@@ -97,7 +98,21 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
             choice of a plan only; 0: Mmax.
         validate: as in the contiguous form.
     """
-    return _call(native.MASKED, lhs, rhs, d, masked_m, stream, batch_invariant, expected_m, validate)
+    return _launch(native.MASKED, lhs, rhs, d, masked_m, stream, batch_invariant, expected_m, validate)
+
+
+def _open_library(*call: Any) -> Any:
+    """What `_launch` is until the first call, which loads the library.
+
+    From then on it is the library's builtin (native/host/call.cpp), which makes the common call without running Python
+    and hands every other one to `_call`.
+    """
+    global _launch
+    _launch = native.library().python_call(_call)
+    return _launch(*call)
+
+
+_launch: Callable[..., Any] = _open_library
 
 
 def _call(
@@ -108,9 +123,10 @@ def _call(
     layout: Any,
     stream: Any,
     batch_invariant: bool | None,
-    expected_m: int = 0,
-    validate: bool = False,
+    expected_m: int,
+    validate: bool,
 ) -> Any:
+    """Any call: checks everything, and raises what is wrong in words."""
     (a, sa), (b, sb) = _pair(lhs, "lhs"), _pair(rhs, "rhs")
     if isinstance(expected_m, bool) or not isinstance(expected_m, int) or expected_m < 0:
         raise OperandError("expected_m", f"{expected_m!r}; must be an int of at least 0")
@@ -138,7 +154,6 @@ def _call(
     if found.m:
         entry = planner.planned(planner.make_key(found, expected_m, bool(batch_invariant)), handle)
         backends.run(entry, operands, found, handle)
-        live.watch()
     if handle is not None:
         if isinstance(d, Tensor):
             d.written(handle)

@@ -1,4 +1,4 @@
-"""Follows the store while the process runs, in one background thread that the first call starts.
+"""Follows the store while the process runs, in one background thread that the first plan in the table starts.
 
 Every 0.4 s it looks whether the file has changed. A new plan that gives the same bits as the one in use (the same
 reduction) takes its place at once: kernel loaded first, then the table's entry swapped. Another reduction waits for
@@ -55,13 +55,13 @@ class _Follower:
         if entry.from_store or entry.key.reference:
             self._known.discard(key)
             return False
+        if not entry.calls:
+            return False
         new = key not in self._known
-        if new or entry.calls:
-            self._known.add(key)
-            device = planner.device_of(entry.key)
-            limit = entry.key.num_sms or device.sms
-            task = Task(planner.problem_of(entry.key), device.name, device.sms, limit)
-            self._misses[task] = self._misses.get(task, 0) + entry.calls + new  # the table does not count the first
+        self._known.add(key)
+        device = planner.device_of(entry.key)
+        task = Task(planner.problem_of(entry.key), device.name, device.sms, entry.key.num_sms or device.sms)
+        self._misses[task] = self._misses.get(task, 0) + entry.calls
         return new
 
     def _adopt(self, key: native.Key, every_reduction: bool) -> bool:
@@ -119,3 +119,6 @@ def _finish(process: int) -> None:
         _thread.join(_PATIENCE)
         if not _thread.is_alive():
             _follower.turn(flush=True)
+
+
+planner.follow = watch

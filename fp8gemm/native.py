@@ -162,7 +162,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "driver_version": [_P(c_int)],
     "device_count": [_P(c_int)],
     "device_read": [c_int, _P(Device)],
-    "kernel_load": [c_int, c_char_p, c_size_t, c_char_p, c_int, _S, _P(c_void_p)],
+    "kernel_load": [c_int, c_char_p, c_size_t, c_char_p, c_int, _P(c_void_p)],
+    "require_no_capture": [c_int, _S],
     "launch_gemm": [c_void_p, _P(Operands), _P(Problem), _P(Plan), _S],
     "launch_reference": [c_void_p, _P(Operands), _P(Problem), _S],
     "launch_cast": [c_void_p, c_int, _P(Tensor), _P(Tensor), _P(Tensor), _S],
@@ -179,6 +180,10 @@ _SIGNATURES: dict[str, list[Any]] = {
 _WITH_GIL: dict[str, list[Any]] = {  # these call back into the interpreter
     "read_exchange": [c_void_p, ctypes.py_object, c_char_p, _P(Tensor)],
     "exchange_stream": [c_void_p, c_int, c_int, _P(c_void_p)],
+}
+_WITH_GIL_PLAIN: dict[str, tuple[Any, list[Any]]] = {
+    "exchange_api": (c_void_p, [ctypes.py_object]),
+    "python_call": (ctypes.py_object, [ctypes.py_object]),
 }
 _PLAIN: dict[str, tuple[Any, list[Any]]] = {  # no status
     "abi_version": (c_int, []),
@@ -201,10 +206,11 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         free, locked = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
-        for name, (result, arguments) in _PLAIN.items():
-            function = getattr(free, f"fp8gemm_{name}")
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
+        for library, plain in ((free, _PLAIN), (locked, _WITH_GIL_PLAIN)):
+            for name, (result, arguments) in plain.items():
+                function = getattr(library, f"fp8gemm_{name}")
+                function.restype, function.argtypes = result, arguments
+                setattr(self, name, function)
         self.capsule_delete_address = ctypes.cast(free.fp8gemm_capsule_delete, c_void_p)
         found = self.abi_version()
         if found != ABI_VERSION:

@@ -32,7 +32,7 @@ class Lines:
     def __call__(self, progress: Progress) -> None:
         if progress.task != self._task:
             self._task = progress.task
-            self.print(f"[{progress.index + 1}/{progress.total}] {progress.task.name}{_left(progress.left)}")
+            self.print(f"[{progress.done + 1}/{progress.total}] {progress.task.name}{_left(progress.left)}")
 
     def finished(self, outcome: Outcome) -> None:
         self.print(f"    {outcome_line(outcome)}")
@@ -50,7 +50,7 @@ class Bar(Lines):
 
     def __call__(self, progress: Progress) -> None:
         text = f"{progress.task.name}: {progress.doing}{_left(progress.left)}"
-        self._bars.update(self._id, description=text, completed=progress.index, total=progress.total)
+        self._bars.update(self._id, description=text, completed=progress.done, total=progress.total)
 
     def finished(self, outcome: Outcome) -> None:
         self._bars.advance(self._id)

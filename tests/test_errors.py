@@ -436,6 +436,7 @@ def hopper_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every GPU is an H100, as far as the planner knows; no compiler is known yet, no kernel loaded."""
     monkeypatch.setattr(device, "read_device", lambda device_id: H100)
     monkeypatch.setattr(backends, "_kernels", {})
+    monkeypatch.setattr(native.library(), "require_no_capture", lambda device_id, stream: None)
     forget = compiler.compiler.cache_clear
     forget()
     yield
@@ -489,7 +490,7 @@ def test_driver_older_than_the_cubin(rng: Rng, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(native.library(), "driver_version", driver_12_8)
     monkeypatch.setattr(compiler, "compiler", lambda: compiler.Compiler("nvrtc", "13.0", ""))
-    monkeypatch.setattr(compiler, "cubin", lambda kernel: b"a kernel")
+    monkeypatch.setattr(compiler, "cubin", lambda kernel, may_build: b"a kernel")
     arguments = make_arguments(rng, "dense")
     texts = ("CUDA 12.8", "nvrtc 13.0", "fp8gemm[cu12]")
     expect(BackendUnavailable, None, texts, lambda: call("dense", cuda_like(arguments)))

@@ -415,7 +415,7 @@ def device_code(tmp_path_factory: pytest.TempPathFactory) -> Walk:
 
     def run(case: Case, block: int) -> list[Tile]:
         layout = (ctypes.c_int * max(len(case.layout), 1))(*case.layout)
-        most = 4096
+        most = 1 << 15
         out = (ctypes.c_int * (5 * most))()
         sizes = case.m, case.n, case.groups
         count = functions[case.kind, case.tile](*sizes, layout, case.raster, case.grid, block, out, most)

@@ -189,6 +189,6 @@ def test_a_miss_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert planner.planned(wanted, None).cpu_plan.tile_n == 32
     assert [tuple(problem) for problem in asked] == [(native.RAGGED, 112, 512, 1024, 3, 32, False)]
     (listed,) = planner.listing()
-    assert (fields(listed.key), listed.from_store, listed.calls) == (fields(wanted), False, 2)
+    assert (fields(listed.key), listed.from_store, listed.calls) == (fields(wanted), False, 3)
     planner.publish(wanted, CpuPlan(1, 64), True)
     assert planner.planned(wanted, None).cpu_plan.tile_n == 64

@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 
 from fp8gemm.store import AnyPlan
 
-FIRST_ROUNDS = 3  # before anyone is judged
+FIRST_ROUNDS = 5  # before anyone is judged, and between judgements
 MOST_ROUNDS = 30
-LEAST_ROUNDS = 5  # for a time that counts
+LEAST_ROUNDS = FIRST_ROUNDS  # for a time that counts
 PATIENCE = 20  # bursts without one undisturbed round, after which a race is given up
 
 Stop = Callable[[], bool]  # whether the sweep has to end now
@@ -38,24 +38,31 @@ class Rig(Protocol):
 
 
 class Timing(NamedTuple):
-    """Median of a plan's rounds, in seconds, and the median's standard error."""
+    """Median of a plan's rounds, in seconds, the median's standard error, and the fastest round."""
 
     seconds: float
     spread: float
     rounds: int
+    fastest: float
 
 
 def summarise(samples: Sequence[float]) -> Timing:
     """For normal noise: 1.48 makes a standard deviation of the median deviation, 1.25 a median's error of a mean's."""
     middle = statistics.median(samples)
     deviation = statistics.median(abs(x - middle) for x in samples)
-    return Timing(middle, 1.2533 * 1.4826 * deviation / math.sqrt(len(samples)), len(samples))
+    error = 1.2533 * 1.4826 * deviation / math.sqrt(len(samples))
+    return Timing(middle, error, len(samples), min(samples))
 
 
 def clearly_slower(one: Timing, than: Timing) -> bool:
-    """Whether a plan may leave the race. The fewer rounds, the larger the lead must be: early noise is no estimate."""
+    """Whether a plan may leave the race. The fewer rounds, the larger the lead must be: early noise is no estimate.
+
+    Nor is one round that went well enough: others on the machine may have spoilt the rest.
+    """
     lead = one.seconds - than.seconds
-    return lead > 3 * (one.spread + than.spread) and lead > 0.45 / one.rounds * than.seconds
+    return (
+        one.fastest > than.seconds and lead > 3 * (one.spread + than.spread) and lead > 0.45 / one.rounds * than.seconds
+    )
 
 
 class Race:
@@ -110,5 +117,5 @@ class Race:
         least = min(len(self.samples[plan]) for plan in self.alive)
         others = [timings[plan] for plan in self.alive if plan != leader]
         return least >= MOST_ROUNDS or (
-            least >= 3 * FIRST_ROUNDS and all(clearly_slower(timing, best) for timing in others)
+            least >= 2 * FIRST_ROUNDS and all(clearly_slower(timing, best) for timing in others)
         )

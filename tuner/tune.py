@@ -17,7 +17,7 @@ from .writer import Writer
 class Progress(NamedTuple):
     """Where a run stands: which of how many problems, what it is doing, seconds that the rest should take."""
 
-    index: int
+    done: int
     total: int
     task: Task
     doing: str

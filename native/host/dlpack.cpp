@@ -1,8 +1,6 @@
 // Reads other libraries' tensors, and exports memory of ours.
 #include "dlpack.h"
 
-#include <dlfcn.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -12,7 +10,7 @@
 
 using namespace fp8gemm;
 
-static const CUstream kDefaultStream = reinterpret_cast<CUstream>(1);       // CU_STREAM_LEGACY
+static const CUstream kDefaultStream = static_cast<CUstream>(dlpack::kLegacyStream);
 
 namespace {
 
@@ -227,17 +225,4 @@ void fp8gemm_dlpack_delete(void* managed, int versioned) {
         auto* m = static_cast<dlpack::ManagedTensor*>(managed);
         if (m->deleter) m->deleter(m);
     }
-}
-
-// Destructor of a capsule that nobody consumed: a consumer renames what it takes over. Python's functions are looked up
-// in the running interpreter, so that the library itself links to none.
-void fp8gemm_capsule_delete(void* capsule) {
-    using IsValid = int (*)(void*, const char*);
-    using GetPointer = void* (*)(void*, const char*);
-    static const auto is_valid = reinterpret_cast<IsValid>(dlsym(RTLD_DEFAULT, "PyCapsule_IsValid"));
-    static const auto get_pointer = reinterpret_cast<GetPointer>(dlsym(RTLD_DEFAULT, "PyCapsule_GetPointer"));
-    if (!is_valid || !get_pointer) return;
-    const char* const names[] = {"dltensor", "dltensor_versioned"};
-    for (int versioned = 0; versioned < 2; ++versioned)
-        if (is_valid(capsule, names[versioned])) fp8gemm_dlpack_delete(get_pointer(capsule, names[versioned]), versioned);
 }

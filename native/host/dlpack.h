@@ -41,6 +41,7 @@ struct ExchangeApi {                             // `type(x).__dlpack_c_exchange
     int (*current_work_stream)(int32_t, int32_t, void**);
 };
 
+inline void* const kLegacyStream = reinterpret_cast<void*>(1);          // the default stream: CU_STREAM_LEGACY
 enum DeviceType { kCPU = 1, kCUDA = 2, kCUDAHost = 3, kCUDAManaged = 13 };
 enum TypeCode { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kE4M3FN = 10 };
 

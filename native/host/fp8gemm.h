@@ -105,8 +105,9 @@ FP8GEMM_API int fp8gemm_abi_version(void);
 FP8GEMM_API const fp8gemm_error *fp8gemm_last_error(void);
 
 /* DLPack. `managed` is a DLManagedTensor (versioned == 0) or DLManagedTensorVersioned; it stays the caller's.
- * `api` is the DLPackExchangeAPI of the object's type; the GIL must be held. */
+ * `api` is the DLPackExchangeAPI of the object's type. The GIL must be held for all that take or give Python objects. */
 FP8GEMM_API int fp8gemm_read_dlpack(const void *managed, int versioned, const char *argument, fp8gemm_tensor *tensor);
+FP8GEMM_API const void *fp8gemm_exchange_api(void *py_object);                   /* null: it has none */
 FP8GEMM_API int fp8gemm_read_exchange(const void *api, void *py_object, const char *argument, fp8gemm_tensor *tensor);
 FP8GEMM_API int fp8gemm_exchange_stream(const void *api, int device_type, int device_id, void **stream);
 
@@ -139,14 +140,19 @@ FP8GEMM_API int fp8gemm_sm_limit(int device_id);
 FP8GEMM_API int fp8gemm_run(const fp8gemm_entry *entry, const fp8gemm_operands *operands, const fp8gemm_problem *problem,
                             void *stream);
 
+/* A new builtin: the call's fast path (call.cpp), which hands what it can't do to the Python function `otherwise`. */
+FP8GEMM_API void *fp8gemm_python_call(void *otherwise);
+
 /* The driver is opened by the first of these. A process that was forked after that gets FP8GEMM_UNAVAILABLE. */
 FP8GEMM_API int fp8gemm_check_fork(void);                       /* says only that */
 FP8GEMM_API int fp8gemm_driver_version(int *version);
 FP8GEMM_API int fp8gemm_device_count(int *count);
 FP8GEMM_API int fp8gemm_device_read(int device_id, fp8gemm_device *device);
-/* A stream that is being captured is refused; null: whatever is captured elsewhere goes on. */
+/* A capture on another stream or thread goes on undisturbed. */
 FP8GEMM_API int fp8gemm_kernel_load(int device_id, const void *cubin, size_t bytes, const char *name, int shared_bytes,
-                                    void *stream, fp8gemm_kernel **kernel);
+                                    fp8gemm_kernel **kernel);
+/* FP8GEMM_NOT_PREPARED if the stream (null: none) is being captured: a call on it must not load. */
+FP8GEMM_API int fp8gemm_require_no_capture(int device_id, void *stream);
 
 /* Launches. Streams are CUstream; capture-safe; nothing synchronises or allocates. */
 FP8GEMM_API int fp8gemm_launch_gemm(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,

@@ -73,18 +73,21 @@ int launch(const Driver& cu, CUfunction function, unsigned x, unsigned y, unsign
 
 }  // namespace
 
-int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* name, int shared_bytes, void* stream,
-                        fp8gemm_kernel** out) {
+int fp8gemm_require_no_capture(int device_id, void* stream) {
+    if (!stream) return FP8GEMM_OK;
+    int capturing = 0;
+    FP8GEMM_TRY(fp8gemm_stream_capturing(device_id, stream, &capturing));
+    if (!capturing) return FP8GEMM_OK;
+    return fail(FP8GEMM_NOT_PREPARED, "", "the kernel of this call is not loaded, and a stream capture is open; use "
+                "fp8gemm.prepare(), or make the call once, before the capture");
+}
+
+int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* name, int shared_bytes, fp8gemm_kernel** out) {
     enum { kMaxDynamicSharedSize = 8 };
     enum { kInvalidImage = 200, kNoBinaryForGpu = 209, kUnsupportedPtx = 222 };
     const Driver* cu;
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(device_id, &cu));
-    int capturing = 0;
-    if (stream) FP8GEMM_CU(*cu, cuStreamIsCapturing, static_cast<CUstream>(stream), &capturing);
-    if (capturing)
-        return fail(FP8GEMM_NOT_PREPARED, "", "the kernel of this call is not loaded, and a stream capture is open; use "
-                    "fp8gemm.prepare(), or make the call once, before the capture");
     int mode = kRelaxed;                         // another thread may be capturing
     FP8GEMM_CU(*cu, cuThreadExchangeStreamCaptureMode, &mode);
     CUmodule module = nullptr;
