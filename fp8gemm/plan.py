@@ -118,9 +118,15 @@ class Plan(NamedTuple):
         return f"{self.tile_m}x{self.tile_n} stages {self.stages}{cluster} sms {self.num_sms} raster {self.raster}"
 
 
-def reference_kernel(kind: int) -> Kernel:
+def reference_kernel(kind: int, output_fp32: bool = False) -> Kernel:
     """The plain FP32 GEMM: the slow path for strides that TMA cannot take, and what plans are checked against."""
-    return Kernel("reference.cu", "fp8gemm_reference", (("KIND", kind),))
+    macros = (("KIND", kind), ("OUTPUT_FP32", 1)) if output_fp32 else (("KIND", kind),)
+    return Kernel("reference.cu", "fp8gemm_reference", macros)
+
+
+def tuner_kernels() -> Kernel:
+    """The tuner's own: filling operands, flushing L2, comparing outputs. One cubin holds them all."""
+    return Kernel("tuner.cu", "fp8gemm_fill_e4m3", ())
 
 
 def cast_kernel(per_block: bool, input_type: int) -> Kernel:

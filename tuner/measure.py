@@ -5,6 +5,7 @@ What is timed is a `Rig`: one problem's operands on one device. Nothing here kno
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ LEAST_ROUNDS = FIRST_ROUNDS  # for a time that counts
 PATIENCE = 20  # bursts without one undisturbed round, after which a race is given up
 
 Stop = Callable[[], bool]  # whether the sweep has to end now
+Rest = Callable[[float, bool], None]  # hears a burst's seconds and whether somebody disturbed it, and may sleep
 
 
 class Rig(Protocol):
@@ -75,30 +77,36 @@ class Race:
         keep: Iterable[AnyPlan],
         stop: Stop,
         dropped: Callable[[AnyPlan, Timing], None],
-        pause: Callable[[float], None] | None = None,
+        told: Callable[["Race"], None] = lambda _: None,
+        rest: Rest | None = None,
     ) -> None:
-        """`keep`: plans that stay to the end, so that their times are of the same rounds as the winner's. `pause` is
-        told the seconds of each burst and may rest."""
-        self.rig, self.stop, self.dropped, self.pause = rig, stop, dropped, pause
+        """`keep`: plans that stay to the end, so that their times are of the same rounds as the winner's. `told` hears
+        of each burst; with `rest`, bursts are short, and it is called after each."""
+        self.rig, self.stop, self.dropped, self.told, self.rest = rig, stop, dropped, told, rest
         self.alive = list(dict.fromkeys(plans))
         self.keep = set(keep)
         self.samples: dict[AnyPlan, list[float]] = {plan: [] for plan in self.alive}
+        self._judged = 0  # rounds at the last judgement
 
     def run(self) -> dict[AnyPlan, Timing]:
         """The survivors, fastest first; empty if it was stopped, or disturbed, before any time counts."""
-        rounds, fruitless = FIRST_ROUNDS, 0
+        fruitless = 0
         while not self.stop() and fruitless < PATIENCE:
+            started = time.perf_counter()
             order = self.alive[1:] + self.alive[:1]  # another one begins each time
             self.alive = order
-            found = self.rig.times(order, rounds)
+            found = self.rig.times(order, 1 if self.rest else FIRST_ROUNDS)
             for plan, times in zip(order, found, strict=True):
                 self.samples[plan] += times
             fruitless = 0 if any(found) else fruitless + 1
-            if self.pause:
-                self.pause(sum(map(sum, found)))
-            if min(len(self.samples[plan]) for plan in self.alive) >= FIRST_ROUNDS and self._judge():
-                break
-            rounds = FIRST_ROUNDS
+            self.told(self)
+            if self.rest:
+                self.rest(time.perf_counter() - started, not all(found))
+            least = min(len(self.samples[plan]) for plan in self.alive)
+            if least >= self._judged + FIRST_ROUNDS:
+                self._judged = least
+                if self._judge(least):
+                    break
         return {plan: t for plan, t in self.standings().items() if t.rounds >= LEAST_ROUNDS}
 
     def standings(self) -> dict[AnyPlan, Timing]:
@@ -106,7 +114,7 @@ class Race:
         timings = {plan: summarise(self.samples[plan]) for plan in self.alive if self.samples[plan]}
         return dict(sorted(timings.items(), key=lambda item: item[1].seconds))
 
-    def _judge(self) -> bool:
+    def _judge(self, rounds: int) -> bool:
         """Drops losers. Whether the race is over."""
         timings = self.standings()
         leader, best = next(iter(timings.items()))
@@ -114,8 +122,6 @@ class Race:
             if plan not in self.keep and plan != leader and clearly_slower(timing, best):
                 self.alive.remove(plan)
                 self.dropped(plan, timing)
-        least = min(len(self.samples[plan]) for plan in self.alive)
         others = [timings[plan] for plan in self.alive if plan != leader]
-        return least >= MOST_ROUNDS or (
-            least >= 2 * FIRST_ROUNDS and all(clearly_slower(timing, best) for timing in others)
-        )
+        decided = all(clearly_slower(timing, best) for timing in others)
+        return rounds >= MOST_ROUNDS or (decided and rounds >= 2 * FIRST_ROUNDS)

@@ -2,7 +2,7 @@
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fp8gemm import store
@@ -11,7 +11,7 @@ from fp8gemm.errors import Fp8GemmError
 from fp8gemm.store import AnyPlan, Task
 
 from . import space
-from .measure import Race, Rig, Stop, Timing
+from .measure import Race, Rest, Rig, Stop, Timing
 from .target import Say, Target
 from .writer import Measurement, Winner, Writer
 
@@ -47,11 +47,11 @@ class Sweep:
         say: Say,
         *,
         full: bool = False,
-        pause: Callable[[float], None] | None = None,
+        rest: Rest | None = None,
     ) -> None:
-        """`full`: try the whole space of kernels, to see what ranking by the model loses."""
-        self.target, self.writer, self.task, self.stop, self.pause = target, writer, task, stop, pause
-        self.say, self.full = say, full
+        """`full`: try the whole space of kernels, to see what ranking by the model loses. `rest`: see `Race`."""
+        self.target, self.writer, self.task, self.stop = target, writer, task, stop
+        self.say, self.full, self.rest = say, full, rest
         self.id = secrets.token_hex(8)
         self.space = store.space(target.device)
         self.default = space.default(task, target.device)
@@ -103,32 +103,19 @@ class Sweep:
         right = self._right(rig, self._built(plans) if stage != "kernels" else plans)
         if not right or self.stop():
             return {}
-        keep = {self.default, self.incumbent}
-        timed: list[tuple[AnyPlan, Timing]] = []
 
         def dropped(plan: AnyPlan, timing: Timing) -> None:
             self._record(rig, {plan: timing})
 
-        race = Race(rig, right, keep, self.stop, dropped, self._told(stage, len(right)))
-        self._current = race
-        standings = race.run()
-        timed += standings.items()
-        return dict(timed)
-
-    def _told(self, stage: str, count: int) -> Callable[[float], None]:
-        """Called after each burst: says how it stands, and rests if asked to."""
-
-        def told(seconds: float) -> None:
-            standings = self._current.standings()
+        def told(race: Race) -> None:
+            standings = race.standings()
             if standings:
-                best = next(iter(standings.values())).seconds
-                default = standings.get(self.default)
+                best, default = next(iter(standings.values())), standings.get(self.default)
                 beside = f" (default {1e6 * default.seconds:.1f})" if default else ""
-                self.say(f"measuring {stage}: {len(standings)} of {count} left, best {1e6 * best:.1f} us{beside}")
-            if self.pause:
-                self.pause(seconds)
+                left = f"{len(standings)} of {len(right)} left"
+                self.say(f"measuring {stage}: {left}, best {1e6 * best.seconds:.1f} us{beside}")
 
-        return told
+        return Race(rig, right, (self.default, self.incumbent), self.stop, dropped, told, self.rest).run()
 
     def _right(self, rig: Rig, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those whose output is right; the others are recorded."""

@@ -74,7 +74,7 @@ def library_digest() -> str:
         return hashlib.file_digest(library, "sha256").hexdigest()[:16]
 
 
-def open_target(where: str | None, share: bool = False) -> Target:
+def open_target(where: str | None, share: bool = False, memory_bytes: int | None = None) -> Target:
     """ "cpu", "cuda:1", or the best there is. Raises BackendUnavailable for a GPU that cannot serve."""
     if where is None:
         hoppers = device.hopper_devices()
@@ -83,4 +83,4 @@ def open_target(where: str | None, share: bool = False) -> Target:
         return CpuTarget()
     from .gpu import GpuTarget
 
-    return GpuTarget(int(where.removeprefix("cuda:")), share)
+    return GpuTarget(int(where.removeprefix("cuda:")), share, memory_bytes)
