@@ -228,6 +228,7 @@ def open_reader(file: Path) -> "sqlite3.Connection":
 
 
 Signature = tuple[int, int, int, int]
+_UNREAD: Signature = (0, 0, 0, 0)  # of no file: differs from every other, and from there being none
 
 
 def signature(file: Path) -> Signature | None:
@@ -274,7 +275,7 @@ class Mirror:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._seen: Signature | None = None
+        self._seen: Signature | None = _UNREAD
         self._plans: dict[tuple[Task, str], str] = {}
         self.refresh()
 
@@ -283,11 +284,13 @@ class Mirror:
         now = signature(self.file)
         if now == self._seen:
             return False
+        self._seen = _UNREAD
         found = None if now is None else self._read(now)
         if found is None and now is not None:
             return False  # busy or out of reach: what was read before serves, and the next refresh tries again
-        settled = now is None or time.time_ns() - now[3] > _SETTLED_NS
-        self._plans, self._seen = found or {}, now if settled else None
+        if now is None or time.time_ns() - now[3] > _SETTLED_NS:
+            self._seen = now
+        self._plans = found or {}
         return True
 
     def plan(self, problem: Problem, device: Device, num_sms: int) -> AnyPlan | None:

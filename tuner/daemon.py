@@ -102,9 +102,8 @@ class _Work:
 
     def _serve(self, target: Target) -> str:
         with Writer() as writer:
-            log(
-                f"tuning {target.name} ({target.device.name}) into {writer.file}, {'sharing' if self.share else 'when idle'}"
-            )
+            how = "sharing it" if self.share else "while it is idle"
+            log(f"tuning {target.name} ({target.device.name}) {how}, into {writer.file}")
             notify("READY=1")
             while not self.stop.is_set():
                 task = None

@@ -91,23 +91,26 @@ class Writer:
     def _connect(self) -> None:
         seen = store.signature(self.file)
         try:
-            self._open()
+            self.connection = self._open()
         except (store.StoreUnusable, sqlite3.DatabaseError) as error:
-            self.connection.close()
             corrupt = error.corrupt if isinstance(error, store.StoreUnusable) else store.is_corruption(error)
             if not corrupt:
                 raise
             store.set_aside(self.file, seen, str(error))
-            self._open()
-
-    def _open(self) -> None:
-        self.connection = sqlite3.connect(
-            self.file, timeout=_TIMEOUT, isolation_level=None, check_same_thread=False
-        )  # one thread at a time
-        self.connection.row_factory = sqlite3.Row
-        store.check(self.connection)
-        store.create(self.connection)
+            self.connection = self._open()
         self.database = Database(self.connection, execute_plugins=False, strict=True)
+
+    def _open(self) -> sqlite3.Connection:
+        """In autocommit mode: transactions are ours to begin. One thread at a time may use it."""
+        connection = sqlite3.connect(self.file, timeout=_TIMEOUT, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        try:
+            store.check(connection)
+            store.create(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def close(self) -> None:
         self.connection.close()
