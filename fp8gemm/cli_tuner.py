@@ -230,6 +230,9 @@ def run_daemon(
     memory: Annotated[
         float, typer.Option(min=0.1, metavar="GIB", help="With --share: most GPU memory that it takes.")
     ] = 4.0,
+    duty: Annotated[
+        float, typer.Option(min=0.01, max=1.0, metavar="0..1", help="With --share: share of the time that it measures.")
+    ] = 0.1,
     once: Annotated[bool, typer.Option("--once", metavar="", help="End when there is nothing left to tune.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -240,7 +243,7 @@ def run_daemon(
     where = options.device(device)
     from .tuner import daemon
 
-    result = daemon.run(where, share=share, memory_bytes=int(memory * 2**30), once=once)
+    result = daemon.run(where, daemon.Share(int(memory * 2**30), duty) if share else None, once)
     if as_json:
         options.print_json(result._asdict())
     raise typer.Exit(result.exit_code)

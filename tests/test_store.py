@@ -22,7 +22,7 @@ from references import H100, H800
 from fp8gemm import StoreError, backends, native, store
 from fp8gemm.backends import CpuPlan
 from fp8gemm.device import Device
-from fp8gemm.plan import Plan
+from fp8gemm.plan import SPACE_VERSION, Plan
 from fp8gemm.problem import KINDS, Problem
 from fp8gemm.store import Task
 from fp8gemm.tuner.writer import Measurement, Stamp, Winner, Writer, exported
@@ -141,7 +141,7 @@ def test_a_plan_may_not_use_more_sms_than_the_call() -> None:
 
 def test_another_version_of_the_plan_space_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     publish()
-    monkeypatch.setattr(store, "SPACE_VERSION", store.SPACE_VERSION + 1)
+    monkeypatch.setattr("fp8gemm.store.SPACE_VERSION", SPACE_VERSION + 1)
     assert looked_up() is None
     publish()
     assert looked_up() == GOOD
@@ -428,8 +428,9 @@ def test_an_export_is_portable(cache_dir: Path, monkeypatch: pytest.MonkeyPatch)
     with Writer() as writer:
         assert writer.load(whole) == (2, 0)
         assert (looked_up(), looked_up(device=CPU)) == (GOOD, CpuPlan(3, 48))
-        spoilt = whole["winners"][0] | {"kind": "sparse"}, whole["winners"][0] | {"plan": "?"}, {}, 3
+        spoilt: tuple[Any, ...] = whole["winners"][0] | {"kind": "sparse"}, whole["winners"][0] | {"plan": "?"}, {}, 3
         assert writer.load(whole | {"winners": [*spoilt, whole["winners"][1]]}) == (1, 4)
+        nonsense: Any
         for nonsense in ({}, [], None, {"fp8gemm plans": 0, "winners": []}):
             with pytest.raises(ValueError, match="no export"):
                 writer.load(nonsense)
@@ -442,7 +443,7 @@ def test_nothing_is_lost_when_processes_are_killed(tmp_path: Path) -> None:
     """16 readers, 4 writers, one killed at random 100 times."""
     seed = secrets.randbits(32)
     script = ROOT / "tests" / "stress_store.py"
-    command = [sys.executable, script, tmp_path, "100", str(seed)]
+    command = [sys.executable, str(script), str(tmp_path), "100", str(seed)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -32,9 +32,15 @@ from .writer import Writer, holder
 LOOK = 1.0  # seconds between two looks for misses
 RENEW = 30.0  # seconds between two renewals of the lease at hand
 GRACE = 1.5  # seconds that work gets to end after SIGTERM
-DUTY = 0.1  # share of the time that a sharing daemon uses the device
 BACK_OFF = 4.0  # rests are so much longer after a burst that was disturbed
 HELD = 4  # exit code: another daemon has this device
+
+
+class Share(NamedTuple):
+    """How a daemon works beside a serving process: the most GPU memory, the share of the time that it measures."""
+
+    memory_bytes: int | None
+    duty: float
 
 
 class Ended(NamedTuple):
@@ -46,7 +52,7 @@ class Ended(NamedTuple):
     reason: str
 
 
-def run(where: str | None, *, share: bool = False, memory_bytes: int | None = None, once: bool = False) -> Ended:
+def run(where: str | None, share: Share | None = None, once: bool = False) -> Ended:
     """Works until SIGTERM or SIGINT, or with `once` until nothing is left. Logs to stderr; tells systemd.
 
     Raises BackendUnavailable for a device that cannot serve, StoreError for a store that cannot be written.
@@ -54,7 +60,7 @@ def run(where: str | None, *, share: bool = False, memory_bytes: int | None = No
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    work = _Work(where, share, memory_bytes if share else None, once, stop)
+    work = _Work(where, share, once, stop)
     thread = threading.Thread(target=work.run, name="tuning", daemon=True)
     thread.start()
     while thread.is_alive() and not stop.wait(0.1):
@@ -73,10 +79,8 @@ def run(where: str | None, *, share: bool = False, memory_bytes: int | None = No
 class _Work:
     """What the thread does."""
 
-    def __init__(
-        self, where: str | None, share: bool, memory_bytes: int | None, once: bool, stop: threading.Event
-    ) -> None:
-        self.where, self.share, self.memory_bytes, self.once, self.stop = where, share, memory_bytes, once, stop
+    def __init__(self, where: str | None, share: Share | None, once: bool, stop: threading.Event) -> None:
+        self.where, self.share, self.once, self.stop = where, share, once, stop
         self.error: BaseException | None = None
         self.ended = Ended(0, 0, 0, "asked to")
         self._tuned = self._failed = 0
@@ -85,7 +89,9 @@ class _Work:
 
     def run(self) -> None:
         try:
-            with contextlib.closing(open_target(self.where, self.share, self.memory_bytes)) as target:
+            with contextlib.closing(
+                open_target(self.where, self.share is not None, self.share and self.share.memory_bytes)
+            ) as target:
                 self._hold(target)
         except BaseException as error:  # the main thread raises it again
             self.error = error
@@ -106,17 +112,15 @@ class _Work:
             log(f"tuning {target.name} ({target.device.name}) {how}, into {writer.file}")
             notify("READY=1")
             while not self.stop.is_set():
-                task = None
-                if self.share or target.is_idle():
-                    task = writer.claim(target.device, target.stamp)
-                    self._say(target, "looking for misses")
-                else:
+                if not (self.share or target.is_idle()):
                     self._say(target, "waiting until the device is idle")
-                if task is not None:
+                    self.stop.wait(LOOK)
+                elif task := writer.claim(target.device, target.stamp):
                     self._tune(target, writer, task)
                 elif self.once:
                     return "nothing left to tune"
                 else:
+                    self._say(target, "looking for misses")
                     self.stop.wait(LOOK)
         return "asked to"
 
@@ -150,7 +154,8 @@ class _Work:
             writer.renew(task)
 
     def _rest(self, seconds: float, disturbed: bool) -> None:
-        self.stop.wait(seconds * (1 / DUTY - 1) * (BACK_OFF if disturbed else 1.0))
+        duty = self.share.duty if self.share else 1.0
+        self.stop.wait(seconds * (1 / duty - 1) * (BACK_OFF if disturbed else 1.0))
 
     def _say(self, target: Target, doing: str) -> None:
         """For `daemon status` and systemd."""
