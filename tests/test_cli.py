@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,27 @@ def test_no_arguments_show_help() -> None:
     assert all(name in result.stdout for name in ("doctor", "bench", "--version", "Exit codes"))
 
 
+def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command, those of groups too, with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            assert command.help
+            yield from commands(command, *names, name)
+        else:
+            yield (*names, name), command
+
+
 def test_every_command_and_option_is_documented() -> None:
-    commands: Any = typer.main.get_command(app)
-    assert {"doctor", "bench"} <= set(commands.commands)
-    for name, command in commands.commands.items():
+    found = dict(commands(typer.main.get_command(app)))
+    assert {("doctor",), ("bench",), ("tune",), ("report",), ("warmup",), ("plans", "list"), ("daemon", "run")} <= set(
+        found
+    )
+    for name, command in found.items():
         assert len(command.help.split()) > 5, name
         assert "Exit code" in command.help, name
         assert any("--json" in option.opts for option in command.params), name
         assert all(option.help for option in command.params), name
-        assert call(name, "--help").exit_code == 0
+        assert call(*name, "--help").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,17 @@ def test_every_command_and_option_is_documented() -> None:
         ("bench", "--shape", "128x"),
         ("bench", "--shape", "128x100"),
         ("bench", "--rounds", "0"),
+        ("tune",),
+        ("tune", "--m", "1", "--n", "64"),
+        ("tune", "--n", "64", "--k", "128"),
+        ("tune", "--m", "1", "--n", "64", "--k", "100"),
+        ("tune", "--m", "1", "--n", "64", "--k", "128", "--kind", "sparse"),
+        ("tune", "--preset", "gpt-2", "--device", "cpu"),
+        ("tune", "--m", "1", "--n", "64", "--k", "128", "--device", "cpu", "--num-sms", "9999"),
+        ("warmup", "--device", "cpu"),
+        ("warmup", "--preset", "gpt-2"),
+        ("plans", "import", "/nowhere"),
+        ("daemon", "run", "--duty", "2"),
     ],
 )
 def test_wrong_options(arguments: tuple[str, ...]) -> None:

@@ -145,7 +145,8 @@ def _roofline(chapter: Chapter) -> str:
     )
     return f"""<figure><svg viewBox="0 0 860 460" role="img" aria-label="Roofline of the tuned problems">
 {"".join(parts)}</svg><div class="legend">{legend}</div>
-<figcaption>Filled: the tuned plan; hollow: the default. {escape(words)} A, B and D count once each.</figcaption></figure>"""
+<figcaption>Filled: the tuned plan; hollow: the default. {escape(words)} A, B and D count once each.</figcaption>
+</figure>"""
 
 
 def _roof(x: Scale, y: Scale, chapter: Chapter) -> str:
