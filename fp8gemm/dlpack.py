@@ -123,13 +123,21 @@ def read(x: object, argument: str, stream: int | None = None) -> Imported:
 
 def _capsule(x: Any, stream: int | None) -> object:
     """The unconsumed capsule; dropping it runs the producer's deleter."""
-    if stream is not None and cuda_device(x) is None:  # a CPU tensor among CUDA ones: describe() has the words for it
-        stream = None
-    arguments: dict[str, Any] = {} if stream is None else {"stream": stream}
+    if stream is None:
+        return _export(x)
     try:
-        return x.__dlpack__(**arguments, max_version=_MAX_VERSION)
+        return _export(x, stream=stream)
+    except Exception:
+        if cuda_device(x) is not None:
+            raise
+        return _export(x)  # a CPU tensor among CUDA ones takes no stream; describe() has the words for it
+
+
+def _export(x: Any, **stream: int) -> object:
+    try:
+        return x.__dlpack__(**stream, max_version=_MAX_VERSION)
     except TypeError:  # a producer from before DLPack 1.0
-        return x.__dlpack__(**arguments)
+        return x.__dlpack__(**stream)
 
 
 _INTERFACE_CODES = {"i": 0, "u": 1, "f": 2}

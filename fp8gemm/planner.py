@@ -238,7 +238,7 @@ def _keys(given: Shapes, device: int, batch_invariant: bool) -> Iterator[native.
     """Keys of all calls of these shapes, some more than once."""
     if given.kind not in KINDS:
         raise OperandError("kind", f"{given.kind!r}, known are {', '.join(KINDS)}")
-    ms, expected = (sorted({x} if isinstance(x, int) else set(x)) for x in (given.m, given.expected_m))
+    ms, expected = (sorted(set(x) if isinstance(x, Iterable) else {x}) for x in (given.m, given.expected_m))
     limits = {"n": [given.n], "k": [given.k], "m": ms, "groups": [given.groups], "expected_m": expected}
     for name, values in limits.items():
         least = 1 if name in ("n", "groups") else 0

@@ -7,11 +7,13 @@ of pytest's report, and FP8GEMM_TEST_SEED=<seed> repeats a run.
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from references import SEED, fresh_rng
+from stub import build as build_stubs
 
 from fp8gemm import device, native
 
@@ -50,6 +52,12 @@ def _no_sm_limits() -> Iterator[None]:
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return fresh_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the stubs of tests/stub.py are."""
+    return build_stubs(tmp_path_factory.mktemp("stub"))
 
 
 @pytest.fixture(scope="session")

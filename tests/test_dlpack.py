@@ -3,12 +3,13 @@
 import ctypes
 import gc
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
-from typing import Any, ClassVar
+from ctypes import c_int64
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from dlpack_structs import DELETER, LEGACY, USED, VERSIONED, DLTensor, Legacy, Versioned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import Array, Rng, check_accuracy, in_child, random_operands
@@ -26,43 +27,6 @@ from fp8gemm import (
     problem,
 )
 
-# ---- DLPack's structs, as its specification has them
-
-
-class DLTensor(Structure):
-    _fields_: ClassVar = [
-        ("data", c_void_p),
-        ("device_type", c_int32),
-        ("device_id", c_int32),
-        ("ndim", c_int32),
-        ("code", c_uint8),
-        ("bits", c_uint8),
-        ("lanes", c_uint16),
-        ("shape", POINTER(c_int64)),
-        ("strides", POINTER(c_int64)),
-        ("byte_offset", c_uint64),
-    ]
-
-
-DELETER = ctypes.CFUNCTYPE(None, c_void_p)
-
-
-class Legacy(Structure):
-    _fields_: ClassVar = [("tensor", DLTensor), ("context", c_void_p), ("deleter", DELETER)]
-
-
-class Versioned(Structure):
-    _fields_: ClassVar = [
-        ("major", c_uint32),
-        ("minor", c_uint32),
-        ("context", c_void_p),
-        ("deleter", DELETER),
-        ("flags", c_uint64),
-        ("tensor", DLTensor),
-    ]
-
-
-LEGACY, VERSIONED, USED = b"dltensor", b"dltensor_versioned", b"used_dltensor"
 CODES = {"u": 1, "i": 0, "f": 2}
 
 
@@ -602,19 +566,24 @@ def test_stream_of_a_framework() -> None:
 
 
 def test_cuda_producers_get_the_stream() -> None:
-    """And CPU producers, which know none, do not."""
+    """And CPU producers that refuse one are asked without; what a CUDA producer raises is the caller's to see."""
     seen: list[Any] = []
 
     class Recorder(Producer):
         def __dlpack__(self, *, max_version: tuple[int, int] | None = None, stream: Any = "none given") -> object:
             seen.append(stream)
+            if stream != "none given" and (self.array is refusing or not self.fields):
+                raise RuntimeError("no stream here")
             return super().__dlpack__()
 
+    refusing = np.zeros((2, 2), np.float32)
     array = np.zeros((2, 2), np.float32)
     dlpack.read(Recorder(array, device_type=2), "x", 77)
     dlpack.read(Recorder(array, device_type=2), "x")
     dlpack.read(Recorder(array), "x", 77)
-    assert seen == [77, "none given", "none given"]
+    assert seen == [77, "none given", 77, "none given"]
+    with pytest.raises(RuntimeError, match="no stream here"):
+        dlpack.read(Recorder(refusing, device_type=2), "x", 77)
 
 
 # ---- what a stream may still use

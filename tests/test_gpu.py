@@ -1,6 +1,7 @@
 """What a Hopper machine must show, with PyTorch: every plan, shape, layout and kind against float32 products of the
 dequantised operands; CUDA graphs, streams, lifetimes."""
 
+import concurrent.futures
 import itertools
 import subprocess
 import sys
@@ -411,6 +412,7 @@ def test_inputs_may_be_dropped_after_the_call(
 ) -> None:
     """The memory of an input that is deleted right after the call goes to nobody else before the call has read it."""
     if capsules:
+        monkeypatch.setattr(fp8gemm.gemm, "_launch", fp8gemm.gemm._call)
         monkeypatch.setattr(fp8gemm.dlpack, "_exchange_api", lambda x: None)
     rhs = tools.matrix(7168, 2048, height=128)
     lhs = tools.matrix(256, 2048)
@@ -427,6 +429,70 @@ def test_inputs_may_be_dropped_after_the_call(
         torch.cuda.synchronize()
         tools.check(d, exact)
         del thieves
+
+
+# ---- the call itself (more of it, without a GPU, in test_call.py)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_no_python_runs_in_a_common_call(torch: Any, tools: Tools, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """Torch's tensors, once the plan is in the table; on the current stream, whichever that is."""
+
+    def refuse(*call: Any) -> None:
+        raise AssertionError("the builtin did not make this call itself")
+
+    if kind == native.DENSE:
+        lhs, rhs = tools.matrix(64, 2048), tools.matrix(576, 2048, height=128)
+        d, exact = torch.empty(64, 576, device="cuda", dtype=tools.bf16), tools.product(lhs, rhs)
+        call: Callable[[], object] = lambda: gemm_fp8_fp8_bf16_nt(lhs, rhs, d)  # noqa: E731
+        check: Callable[[], object] = lambda: tools.check(d, exact)  # noqa: E731
+    else:
+        call, d, expected, _ = tools.grouped_call(kind, [40, 0, 128, 7], 576, 1024, spare=130)
+        check = lambda: tools.check_groups(d, expected)  # noqa: E731
+    call()
+    torch.cuda.synchronize()
+    monkeypatch.setattr(fp8gemm.gemm, "_launch", native.library().python_call(refuse))
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        d.fill_(TOUCHED_BY_NOBODY)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(2_000_000)
+            call()
+            assert not stream.query()  # it went behind the sleep
+        torch.cuda.synchronize()
+        check()
+
+
+def test_threads_call_at_once(torch: Any, tools: Tools) -> None:
+    """Eight threads with streams of their own, while the plans of all their problems are replaced."""
+    problems = [(tools.matrix(m, 1024), tools.matrix(576, 1024, height=128)) for m in (1, 64, 200, 1000)]
+    exact = [tools.product(*problem) for problem in problems]
+    planner.forget()
+    torch.cuda.synchronize()
+
+    def work(i: int) -> list[tuple[int, Any]]:
+        results = []
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for j in range(100):
+                which = (i + j) % len(problems)
+                lhs, rhs = problems[which]
+                d = torch.empty(len(lhs[0]), 576, device="cuda", dtype=tools.bf16)
+                gemm_fp8_fp8_bf16_nt(lhs, rhs, d)
+                results.append((which, d))
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        workers = [pool.submit(work, i) for i in range(8)]
+        while not all(worker.done() for worker in workers):
+            for listed in planner.listing():
+                if not listed.key.reference and listed.key.device_type == native.CUDA:
+                    planner.publish(listed.key, Plan(64, 64, 4, num_sms=100), True)
+                    planner.resolve(listed.key)
+    for worker in workers:
+        for which, d in worker.result():
+            tools.check(d, exact[which])
+    planner.forget()
 
 
 # ---- CUDA graphs
@@ -501,6 +567,29 @@ def test_capture_of_a_kernel_that_is_not_loaded(torch: Any, tools: Tools, monkey
     d.fill_(float("nan"))
     gemm_fp8_fp8_bf16_nt(lhs, rhs, d)
     tools.check(d, tools.product(lhs, rhs))
+
+
+def test_prepare_and_capture(torch: Any, tools: Tools) -> None:
+    """The first call of all may be captured, with kernels being compiled and loaded by another thread meanwhile."""
+    lhs, rhs = tools.matrix(96, 1536), tools.matrix(1152, 1536, height=128)
+    d, exact = torch.empty(96, 1152, device="cuda", dtype=tools.bf16), tools.product(lhs, rhs)
+    device_id = d.device.index
+    planner.forget()
+    prepared = fp8gemm.prepare(fp8gemm.Shapes(n=1152, k=1536, m=range(1, 97)), device=device_id)
+    assert prepared.plans == 2 * 6 + 1
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        others = [fp8gemm.Shapes(n=704, k=512, m=range(1, 3000), kind=kind, groups=4) for kind in KINDS[1:]]
+        graphs: list[Any] = []
+        loading = pool.submit(fp8gemm.prepare, others, device=device_id)
+        while not graphs or not loading.done():
+            graphs.append(capture(torch, lambda: gemm_fp8_fp8_bf16_nt(lhs, rhs, d)))
+        loading.result()
+    for graph in (graphs[0], graphs[-1]):
+        d.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        tools.check(d, exact)
 
 
 # ---- quantisers

@@ -1,34 +1,19 @@
 """What our tensors ask of the CUDA driver, told by a stub of it: a stream of others is used only when it is named."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from stub import environment
 
-import fp8gemm
-
-HERE = Path(__file__).parent
 OWN, CALLERS, DEFAULT, OTHER, CAPTURING = "0x77", "0x55", "0x1", "0x99", "0xca"
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    command = ["g++", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(HERE / "stub_driver.cpp")]
-    subprocess.run(command, check=True)
-    return folder
 
 
 def calls(stub: Path, code: str) -> list[str]:
     """What the driver hears while a new process runs the code, to which `tensor` and `f` are known."""
     prelude = "from fp8gemm import dlpack as f\ntensor = f.Tensor((5, 8), f.BF16, (2, 0), 0x55)\n"
-    root = Path(fp8gemm.__file__).parents[1]
-    environment = os.environ | {"LD_LIBRARY_PATH": str(stub)}
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + code], env=environment, cwd=root, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", prelude + code]
+    done = subprocess.run(command, env=environment(stub), capture_output=True, text=True, check=True)
     return done.stderr.splitlines()
 
 

@@ -153,7 +153,10 @@ void* fp8gemm_python_call(void* otherwise) {
     return py ? py->PyCFunction_NewEx(&definition, static_cast<PyObject*>(otherwise), nullptr) : nullptr;
 }
 
-const void* fp8gemm_exchange_api(void* object) { return exchange_api(*python(), static_cast<PyObject*>(object)); }
+const void* fp8gemm_exchange_api(void* object) {
+    const Python* py = python();
+    return py ? exchange_api(*py, static_cast<PyObject*>(object)) : nullptr;
+}
 
 // Destructor of a capsule that nobody consumed: a consumer renames what it takes over.
 void fp8gemm_capsule_delete(void* object) {
