@@ -459,3 +459,26 @@ def test_units() -> None:
     assert [duration(x) for x in (4.126e-6, 0.0123, 0.9999, 12.3)] == ["4.13 us", "12.3 ms", "1.00 s", "12.3 s"]
     assert [digits(x) for x in (0.0812, 1.0, 45.67, 1234.6)] == ["0.08", "1.00", "45.7", "1235"]
     assert [size(x) for x in (12, 232448, 3 << 20, 141 << 30)] == ["12 bytes", "227 KiB", "3 MiB", "141 GiB"]
+
+
+@pytest.mark.usefixtures("no_builds")
+def test_bench_times_the_default_beside_a_tuned_plan() -> None:
+    """Only where the store has another plan than the cost model's; the plan that is shown is the one that runs."""
+    from fp8gemm import backends, planner, store
+    from fp8gemm.problem import Problem
+    from fp8gemm.tuner.writer import Stamp, Winner, Writer
+
+    cpu = backends.cpu_device()
+    tuned = backends.CpuPlan(1, 48)
+    with Writer() as writer:
+        task = store.Task(Problem(native.DENSE, 80, 200, 144), cpu.name, cpu.sms, cpu.sms)
+        writer.publish(task, store.space(cpu), Winner(tuned, 1e-3, 0.0, tuned, 1e-3), Stamp("", "", ""))
+    planner.forget()
+    store.mirror().refresh()
+    code, report = call_json(*TINY)
+    cases = {(c["m"], c["n"]): c for c in report["cases"]}
+    assert code == 0
+    assert [key for key, c in cases.items() if "default" in c["peers"]] == [(70, 200)]
+    assert cases[70, 200]["plan"] == str(tuned)
+    assert report["peers"]["default"]
+    planner.forget()
