@@ -9,6 +9,7 @@ Kernels are loaded so that captures which are open elsewhere go on. A forked chi
 """
 
 import atexit
+import contextlib
 import os
 import threading
 import time
@@ -51,16 +52,16 @@ class _Follower:
 
     def _count(self, entry: planner.Listed) -> bool:
         """Whether it is a miss that was not known before."""
-        key = bytes(entry.key)
-        if entry.from_store or entry.key.reference:
-            self._known.discard(key)
+        key, device = bytes(entry.key), planner.device_of(entry.key)
+        if entry.from_store or entry.key.reference or not entry.calls:
             return False
-        if not entry.calls:
-            return False
+        limit = entry.key.num_sms or device.sms
+        problem = planner.problem_of(entry.key)
+        if store.plan(problem, device, limit):
+            return False  # which this process may not take, for its reduction: measuring again would not help
         new = key not in self._known
         self._known.add(key)
-        device = planner.device_of(entry.key)
-        task = Task(planner.problem_of(entry.key), device.name, device.sms, entry.key.num_sms or device.sms)
+        task = Task(problem, device.name, device.sms, limit)
         self._misses[task] = self._misses.get(task, 0) + entry.calls
         return new
 
@@ -99,7 +100,7 @@ def watch() -> None:
     if _thread is None:
         with _start:
             if _thread is None:
-                os.register_at_fork(after_in_child=_stop.set)
+                os.register_at_fork(after_in_child=_forked)
                 atexit.register(_finish, os.getpid())
                 _thread = threading.Thread(target=_run, name="fp8gemm store", daemon=True)
                 _thread.start()
@@ -107,7 +108,15 @@ def watch() -> None:
 
 def _run() -> None:
     while not _stop.wait(INTERVAL):
-        _follower.turn()
+        with contextlib.suppress(Fp8GemmError, OSError):  # a GPU or a disk that is gone: calls will say so
+            _follower.turn()
+
+
+def _forked() -> None:
+    """In a child: no thread, and a lock that nobody holds."""
+    global _follower
+    _stop.set()
+    _follower = _Follower()
 
 
 def _finish(process: int) -> None:
@@ -118,7 +127,8 @@ def _finish(process: int) -> None:
     if _thread is not None:
         _thread.join(_PATIENCE)
         if not _thread.is_alive():
-            _follower.turn(flush=True)
+            with contextlib.suppress(Fp8GemmError, OSError):
+                _follower.turn(flush=True)
 
 
 planner.follow = watch

@@ -138,6 +138,16 @@ def test_what_the_store_serves_is_no_miss() -> None:
     assert misses() == {16: 1}
 
 
+def test_a_plan_that_may_not_be_taken_yet_is_no_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the daemon would measure it for ever."""
+    call()
+    publish(CpuPlan(1, 48))
+    monkeypatch.setattr(CpuPlan, "reduction", property(lambda plan: f"{plan.tile_n} at a time"))
+    call(times=5)
+    live._follower.turn(flush=True)
+    assert misses() == {}
+
+
 def test_an_adopted_plan_ends_the_misses() -> None:
     call(times=2)
     live._follower.turn()

@@ -388,6 +388,22 @@ def test_one_bad_problem_does_not_end_a_run() -> None:
     assert (bad.reason, bad.failed, good.failed) == ("no room", True, False)
 
 
+def test_a_device_that_is_lost_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = FakeTarget(FakeRig(by_columns(3)))
+    target.fake.errors = dict.fromkeys([*PLANS, *space.kernels(TASK, CPU)], 2.0)
+
+    def lost() -> None:
+        raise DriverError("an illegal address")
+
+    monkeypatch.setattr(target, "check", lost)
+    with Writer() as writer:
+        run = tune.run(target, writer, [TASK, TASK])
+        assert next(run).failed
+        with pytest.raises(DriverError):
+            next(run)
+    assert store.rows("leases") == []
+
+
 def test_presets() -> None:
     for name in presets.presets():
         problems = presets.preset(name)

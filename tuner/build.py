@@ -1,8 +1,10 @@
 """Compiles kernels into the cache, in processes that see no GPU: the one that measures only loads."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -13,10 +15,12 @@ from fp8gemm.errors import CompileError
 from fp8gemm.plan import Kernel
 
 MOST_WORKERS = 16
+_PR_SET_PDEATHSIG = 1
 
 
 def _start(nvrtc_12: bool) -> None:
     """In a worker, before anything opens the driver: the compiler is the parent's, though no driver tells which."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no worker outlives a parent that was killed
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if nvrtc_12:
         compiler.preload_nvrtc_12()

@@ -9,6 +9,7 @@ The work is done on a thread, so that SIGTERM is heard in whatever it is: what w
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fp8gemm import cache, store
-from fp8gemm.errors import Fp8GemmError
+from fp8gemm.errors import Fp8GemmError, StoreError
 from fp8gemm.store import Task
 
 from .sweep import Outcome, Sweep
@@ -70,6 +71,8 @@ def run(where: str | None, share: Share | None = None, once: bool = False) -> En
     if thread.is_alive():  # in a driver call or a product that will not be interrupted; nothing finished is lost
         log("ended in the midst of a problem, whose finished measurements are kept")
         sys.stderr.flush()
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(0)
     if work.error is not None:
         raise work.error
@@ -131,6 +134,8 @@ class _Work:
         rest = self._rest if self.share else None
         try:
             outcome = Sweep(target, writer, task, self.stop.is_set, lambda _: None, rest=rest).run()
+        except StoreError:
+            raise
         except Fp8GemmError as error:
             outcome = Outcome(task, None, 0, str(error).splitlines()[0])
         self._task = None
@@ -143,6 +148,8 @@ class _Work:
         log(f"{task.name}: no winner: {outcome.reason}")
         self._failed += outcome.failed
         writer.release(task, outcome.reason if outcome.failed else None)
+        if outcome.failed:
+            target.check()  # a crash would fail every problem after it: end, and let systemd start anew
 
     def renew(self) -> None:
         """On the main thread: keeps others from the problem at hand, however long it takes."""

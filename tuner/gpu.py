@@ -342,6 +342,9 @@ class GpuTarget:
                 return False
         return True
 
+    def check(self) -> None:
+        self.gpu.wait()
+
     def clock_hz(self) -> float | None:
         return self._nvml.clock_hz() if self._nvml else None
 

@@ -35,6 +35,9 @@ class Target(Protocol):
     def is_idle(self) -> bool:
         """Whether nobody else uses the device."""
 
+    def check(self) -> None:
+        """Raises DriverError if this process cannot use the device any more, as after a kernel that crashed."""
+
     def close(self) -> None: ...
 
 
@@ -61,6 +64,8 @@ class CpuTarget:
         from fp8gemm.workbench import busy_share
 
         return busy_share() < 0.2
+
+    def check(self) -> None: ...
 
     def close(self) -> None: ...
 

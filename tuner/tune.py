@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from fp8gemm.errors import Fp8GemmError
+from fp8gemm.errors import Fp8GemmError, StoreError
 from fp8gemm.store import Task
 
 from . import space
@@ -36,6 +36,7 @@ def run(
 ) -> Iterator[Outcome]:
     """The outcome of each problem as soon as it is there. A problem that cannot be tuned has the reason in it.
 
+    Raises StoreError if the store cannot be written, DriverError if the device cannot be used any more.
     `budget`: seconds for all; what has been measured when they are over is published where it is enough to judge by.
     """
     started = time.monotonic()
@@ -58,8 +59,13 @@ def run(
         say("enumerating plans")
         writer.renew(task)  # so that no daemon measures it too
         try:
-            yield Sweep(target, writer, task, over, say, full=full).run()
+            outcome = Sweep(target, writer, task, over, say, full=full).run()
+        except StoreError:
+            raise
         except Fp8GemmError as error:
-            yield Outcome(task, None, 0, str(error).splitlines()[0])
+            outcome = Outcome(task, None, 0, str(error).splitlines()[0])
         finally:
             writer.release(task)
+        yield outcome
+        if outcome.failed:
+            target.check()
