@@ -36,14 +36,11 @@ class _Follower:
     def turn(self, every_reduction: bool = False, flush: bool = False) -> int:
         """Counts misses, adopts plans. The number of problems whose plan is another one now."""
         with self._lock:
-            changed = store.mirror().refresh()
+            look = store.mirror().refresh() or self._refused or every_reduction
+            self._refused = False
             listed = planner.listing()
-            adopted = (
-                sum(self._adopt(entry.key, every_reduction) for entry in listed) if changed or every_reduction else 0
-            )
-            news = False
-            for entry in listed:
-                news |= self._count(entry)
+            adopted = sum([self._adopt(entry.key, every_reduction) for entry in listed]) if look else 0
+            news = any([self._count(entry) for entry in listed])
             if self._misses and (news or flush or time.monotonic() - self._flushed > FLUSH_INTERVAL):
                 if store.add_misses(store.path(), self._misses):
                     self._misses.clear()

@@ -101,6 +101,7 @@ def test_a_plan_that_cannot_be_loaded_now_is_tried_again(monkeypatch: pytest.Mon
     def fails(*_: object) -> native.Entry:
         raise CompileError("no compiler")
 
+    os.utime(store.path(), ns=(0, 10**18))  # long ago: it is not read again without need
     monkeypatch.setattr(planner, "entry_of", fails)
     assert live._follower.turn() == 0
     assert in_use() == old

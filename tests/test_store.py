@@ -179,7 +179,10 @@ def test_a_mirror_sees_what_changes() -> None:
     publish()
     assert mirror.refresh()
     assert mirror.plan(PROBLEM, H100, 132) == GOOD
-    publish(GOOD._replace(raster=9))  # perhaps within one tick of the file system's clock
+    before = store.path().stat()
+    publish(GOOD._replace(raster=9))
+    os.utime(store.path(), ns=(before.st_atime_ns, before.st_mtime_ns))  # within one tick of the file system's clock
+    assert store.path().stat().st_size == before.st_size
     assert mirror.refresh()
     assert mirror.plan(PROBLEM, H100, 132) == GOOD._replace(raster=9)
     store.path().unlink()
@@ -346,13 +349,22 @@ print(store.add_misses(store.path(), {{Task(problem, gpu.name, 132, 132): 1}}))
     assert done.stdout.splitlines() == [str(GOOD), "False"]
 
 
-def test_a_writer_keeps_misses_out_but_not_readers() -> None:
+def test_a_writer_keeps_misses_out_but_not_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No caller waits for a lock to count a miss; a reader reads beside an open transaction."""
     publish()
     writer = sqlite3.connect(store.path(), isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     writer.execute("DELETE FROM winners")
+    timeouts: list[Any] = []
+    connect = sqlite3.connect
+
+    def note(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        timeouts.append(options["timeout"])
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", note)
     assert not store.add_misses(store.path(), {task_of(): 1})
+    assert timeouts == [0]
     assert looked_up() == GOOD
     writer.execute("ROLLBACK")
     writer.close()
