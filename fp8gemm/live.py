@@ -39,8 +39,8 @@ class _Follower:
             look = store.mirror().refresh() or self._refused or every_reduction
             self._refused = False
             listed = planner.listing()
-            adopted = sum([self._adopt(entry.key, every_reduction) for entry in listed]) if look else 0
-            news = any([self._count(entry) for entry in listed])
+            adopted = sum(self._adopt(entry.key, every_reduction) for entry in listed) if look else 0
+            news = sum(self._count(entry) for entry in listed)  # all of them, not just the first
             if self._misses and (news or flush or time.monotonic() - self._flushed > FLUSH_INTERVAL):
                 if store.add_misses(store.path(), self._misses):
                     self._misses.clear()

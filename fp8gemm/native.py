@@ -150,7 +150,6 @@ _PLAIN_ERRORS: dict[int, type[errors.Fp8GemmError]] = {
 
 _P, _S = POINTER, c_void_p  # _S: a CUstream
 _SIGNATURES: dict[str, list[Any]] = {
-    "read_dlpack": [c_void_p, c_int, c_char_p, _P(Tensor)],
     "buffer_new": [c_int, c_int, c_size_t, _S, _P(c_void_p)],
     "buffer_written": [c_void_p, _S],
     "buffer_await": [c_void_p, _S],
@@ -178,6 +177,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cpu_cast": [c_int, _P(Tensor), _P(Tensor), _P(Tensor), c_int],
 }
 _WITH_GIL: dict[str, list[Any]] = {  # these call back into the interpreter
+    "read_capsule": [ctypes.py_object, c_char_p, _P(Tensor)],
     "read_exchange": [c_void_p, ctypes.py_object, c_char_p, _P(Tensor)],
     "exchange_stream": [c_void_p, c_int, c_int, _P(c_void_p)],
 }

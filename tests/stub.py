@@ -100,11 +100,11 @@ def modules() -> int:
     return flag("stub_modules").value
 
 
-def launches(since: int = 0) -> list[dict[str, Any]]:
-    """What was launched, oldest first."""
+def launches(since: int = 0, until: int | None = None) -> list[dict[str, Any]]:
+    """What was launched, oldest first; the latest few thousand are known."""
     text = ctypes.create_string_buffer(4096)
     found = []
-    for i in range(since, driver().stub_launch_count()):
+    for i in range(since, driver().stub_launch_count() if until is None else until):
         driver().stub_launch(ctypes.c_long(i), text, ctypes.c_size_t(len(text)))
         found.append(json.loads(text.value))
     return found

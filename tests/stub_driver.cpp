@@ -14,10 +14,10 @@ using Pointer = unsigned long long;
 
 // Set by tests: what launches return, and whether they wait.
 extern "C" {
-__attribute__((visibility("default"))) std::atomic<int> stub_launch_result{0}, stub_launches_wait{0}, stub_waiting{0}, stub_quiet{0};
-__attribute__((visibility("default"))) std::atomic<int> stub_modules{0};         // loaded
-// Launches in another context than their kernel's, or by another plan than "plan3" says: 3 is to be its raster. Those of
-// such names are not kept.
+__attribute__((visibility("default"))) std::atomic<int> stub_launch_result{0}, stub_launches_wait{0}, stub_waiting{0};
+__attribute__((visibility("default"))) std::atomic<int> stub_quiet{0}, stub_modules{0};  // modules: loaded so far
+// Launches in another context than their kernel's, or by another plan than their kernel's name says ("plan3": one whose
+// raster is 3). Those of such names are not kept.
 __attribute__((visibility("default"))) std::atomic<int> stub_wrong_launches{0};
 }
 
@@ -38,6 +38,7 @@ struct Launch {
     const Function* function;
     void* context;
     fp8gemm::GemmParams params;
+    std::atomic<long> number;                    // from 1; written last
 };
 
 constexpr int kKept = 4096;
@@ -107,11 +108,13 @@ CALL(cuLaunchKernelEx, const fp8gemm::CUlaunchConfig* config, const Function* fu
         ++launches;
         return 0;
     }
-    Launch& launch = kept[launches.fetch_add(1) % kKept];
+    const long i = launches.fetch_add(1);
+    Launch& launch = kept[i % kKept];
     launch.config = *config, launch.function = function, launch.context = current();
     launch.cluster = config->attribute_count ? config->attributes[0].cluster.x : 1;
     const bool gemm = !strcmp(function->name, "fp8gemm_gemm") || !strcmp(function->name, "fp8gemm_reference");
     if (gemm) memcpy(&launch.params, &params, sizeof params);
+    launch.number.store(i + 1, std::memory_order_release);
     return 0;
 }
 CALL(cuMemAllocAsync, Pointer* data, size_t bytes, void* stream) {
@@ -142,6 +145,7 @@ extern "C" __attribute__((visibility("default"))) long stub_launch_count() { ret
 // Launch number i, of the last few thousand, as JSON.
 CALL(stub_launch, long i, char* text, size_t size) {
     const Launch& l = kept[i % kKept];
+    while (l.number.load(std::memory_order_acquire) < i + 1) {}
     const fp8gemm::GemmParams& p = l.params;
     char maps[3][256];
     const fp8gemm::TensorMap* all[] = {&p.a, &p.b, &p.d};
@@ -158,10 +162,11 @@ CALL(stub_launch, long i, char* text, size_t size) {
                     " \"a\": %s, \"b\": %s, \"d\": %s,"
                     " \"pointers\": [%llu, %llu, %llu, %llu, %llu, %llu], \"rows\": [%lld, %lld, %lld, %lld, %lld],"
                     " \"groups\": [%lld, %lld, %lld, %lld, %lld], \"scale_steps\": [%lld, %lld],"
-                    " \"sizes\": [%d, %d, %d, %d], \"raster\": %d, \"d_by_tma\": %d, \"sa_by_bulk\": %d, \"policy\": %llu}",
-                    l.config.grid_x, l.config.grid_y, l.config.grid_z, l.config.block_x, l.config.shared_bytes, l.cluster,
-                    (Pointer)l.config.stream, l.function->name, (Pointer)l.function, l.function->device, (Pointer)l.context,
-                    maps[0], maps[1], maps[2], (Pointer)p.a_data, (Pointer)p.sa, (Pointer)p.b_data, (Pointer)p.sb,
+                    " \"sizes\": [%d, %d, %d, %d], \"raster\": %d, \"d_by_tma\": %d, \"sa_by_bulk\": %d,"
+                    " \"policy\": %llu}",
+                    l.config.grid_x, l.config.grid_y, l.config.grid_z, l.config.block_x, l.config.shared_bytes,
+                    l.cluster, (Pointer)l.config.stream, l.function->name, (Pointer)l.function, l.function->device,
+                    (Pointer)l.context, maps[0], maps[1], maps[2], (Pointer)p.a_data, (Pointer)p.sa, (Pointer)p.b_data, (Pointer)p.sb,
                     (Pointer)p.d_data, (Pointer)p.layout, p.a_row, p.sa_row, p.b_row, p.sb_row, p.d_row, p.a_group,
                     p.sa_group, p.b_group, p.sb_group, p.d_group, p.sa_k, p.sb_k, p.m, p.n, p.k, p.groups, p.raster,
                     p.d_by_tma, p.sa_by_bulk, p.b_policy);

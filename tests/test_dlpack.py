@@ -175,7 +175,7 @@ BAD: list[tuple[dict[str, Any], type[OperandError], str]] = [
     ({"ndim": -1}, ShapeError, "x: rank -1; at most 3"),
     ({"device_type": 10}, DeviceError, "x: DLPack device type 10; only CPU (1) and CUDA (2)"),
     ({"device_type": -1}, DeviceError, "x: DLPack device type -1; only"),
-    ({"name": USED}, OperandError, "x: __dlpack__ gave <capsule object"),
+    ({"name": USED}, OperandError, "x: its __dlpack__ gave no DLPack capsule, or one that was consumed"),
 ]
 
 
@@ -207,7 +207,7 @@ def test_dlpack_gives_no_capsule(what: object) -> None:
         def __dlpack__(self, **_: Any) -> object:
             return what
 
-    with pytest.raises(OperandError, match="not a DLPack capsule") as caught:
+    with pytest.raises(OperandError, match="gave no DLPack capsule") as caught:
         dlpack.read(Strange(), "x")
     assert caught.value.argument == "x"
 
@@ -219,11 +219,6 @@ def test_errors_of_the_producer_pass() -> None:
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         dlpack.read(Broken(), "x")
-
-
-def test_null_capsule_pointer() -> None:
-    with pytest.raises(OperandError, match="x: an empty DLPack capsule"):
-        native.library().read_dlpack(None, 1, b"x", ctypes.byref(native.Tensor()))
 
 
 EDGES = st.sampled_from([0, 1, -1, 2, 3, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63)])
@@ -266,8 +261,8 @@ def argument_of(body: Callable[[], object]) -> str | None:
 def read_any(managed: Any, versioned: bool) -> native.Tensor | None:
     """The tensor of a managed struct, or None after a typed error; either is right, so long as what is said is so."""
     tensor = native.Tensor()
-    pointer, to = ctypes.addressof(managed), ctypes.byref(tensor)
-    failed = argument_of(lambda: native.library().read_dlpack(pointer, versioned, b"x", to))
+    capsule = dlpack._api.PyCapsule_New(ctypes.addressof(managed), VERSIONED if versioned else LEGACY, None)
+    failed = argument_of(lambda: native.library().read_capsule(capsule, b"x", ctypes.byref(tensor)))
     if failed is not None:
         assert failed == "x"
         return None
@@ -425,7 +420,9 @@ def test_exported_struct(version: tuple[int, int] | None) -> None:
         tensor = new((3, 5, 7), dtype)
         capsule = tensor.__dlpack__(max_version=version)
         versioned = version is not None and version >= (1, 0)
-        address = dlpack._api.PyCapsule_GetPointer(capsule, VERSIONED if versioned else LEGACY)
+        get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        address = get_pointer(capsule, VERSIONED if versioned else LEGACY)
         managed: Any = (Versioned if versioned else Legacy).from_address(address)
         inner = managed.tensor
         assert inner.data == tensor.view.data

@@ -454,12 +454,10 @@ def test_no_python_runs_in_a_common_call(torch: Any, tools: Tools, monkeypatch: 
     torch.cuda.synchronize()
     monkeypatch.setattr(fp8gemm.gemm, "_launch", native.library().python_call(refuse))
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
-        d.fill_(TOUCHED_BY_NOBODY)
-        torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(2_000_000)
+            d.fill_(TOUCHED_BY_NOBODY)  # on any other stream the call would come before this
             call()
-            assert not stream.query()  # it went behind the sleep
         torch.cuda.synchronize()
         check()
 
@@ -489,7 +487,7 @@ def test_threads_call_at_once(torch: Any, tools: Tools) -> None:
             for listed in planner.listing():
                 if not listed.key.reference and listed.key.device_type == native.CUDA:
                     planner.publish(listed.key, Plan(64, 64, 4, num_sms=100), True)
-                    planner.resolve(listed.key)
+                    planner.publish(listed.key, Plan(128, 128, 4, num_sms=100), True)
     for worker in workers:
         for which, d in worker.result():
             tools.check(d, exact[which])

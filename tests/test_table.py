@@ -69,6 +69,7 @@ def test_what_a_key_tells_apart() -> None:
     plain = key()
     assert key(m=97) == plain
     assert key(output_by_tma=0) == plain
+    assert key(native.RAGGED, scales_by_bulk=0) == key(native.RAGGED)
     different = [
         key(m=96),
         key(n=513),
@@ -162,6 +163,18 @@ def test_an_entry_that_was_found_stays_as_it_is() -> None:
     planner.forget()
     assert (old.contents.cpu_plan.tile_n, old.contents.from_store) == (1, 0)
     assert (new.contents.cpu_plan.tile_n, new.contents.from_store) == (2, 1)
+
+
+def test_a_late_default_does_not_replace_a_stored_plan() -> None:
+    """Two threads: one misses and asks the cost model, while the other adopts what was tuned."""
+    library = native.library()
+    for tile_n, from_store in ((1, False), (2, True), (3, False), (4, True)):
+        library.put(ctypes.byref(entry(16, tile_n, from_store)))
+        found = library.find(ctypes.byref(entry(16, 0).key)).contents
+        assert found.cpu_plan.tile_n == {1: 1, 2: 2, 3: 2, 4: 4}[tile_n]
+    planner.forget()
+    library.put(ctypes.byref(entry(16, 5)))
+    assert library.find(ctypes.byref(entry(16, 0).key)).contents.cpu_plan.tile_n == 5
 
 
 def test_many_problems() -> None:

@@ -1,8 +1,8 @@
 // The call itself: a builtin that takes the common call from its tensors to its launch without running any Python.
 //
-// That is: CUDA tensors whose type has DLPack's exchange API, with d given, and a plan in the table. Every other call, and
-// every wrong one, it hands to the Python function that it was made with (gemm.py's `_call`), which goes the long way
-// through the same checks and has the words for what is wrong. Nothing has been launched by then.
+// That is: CUDA tensors whose type has DLPack's exchange API, with d given, and a plan in the table. Every other call,
+// and every wrong one, it hands to the Python function that it was made with (gemm.py's `_call`), which goes the long
+// way through the same checks and has the words for what is wrong. Nothing has been launched by then.
 #include <atomic>
 
 #include "dlpack.h"
@@ -102,7 +102,8 @@ bool launched(const Python& py, const Arguments& given) {
     const long long expected_m = py.PyLong_AsLongLong(given.expected_m);
     if (expected_m < 0) return false;            // also an error: too large
     const bool invariant = given.batch_invariant == py._Py_TrueStruct;
-    if (!invariant && given.batch_invariant != py._Py_NoneStruct && given.batch_invariant != py._Py_FalseStruct) return false;
+    if (!invariant && given.batch_invariant != py._Py_FalseStruct && given.batch_invariant != py._Py_NoneStruct)
+        return false;
 
     fp8gemm_operands operands;
     const void* api;                             // of the tensor read last: d
@@ -112,7 +113,8 @@ bool launched(const Python& py, const Arguments& given) {
     if (!read_tensor(py, sa, "sa", &operands.sa, &api) || !read_tensor(py, b, "b", &operands.b, &api) ||
         !read_tensor(py, sb, "sb", &operands.sb, &api))
         return false;
-    if (operands.kind != FP8GEMM_DENSE && !read_tensor(py, given.layout, "layout", &operands.layout, &api)) return false;
+    const bool grouped = operands.kind != FP8GEMM_DENSE;
+    if (grouped && !read_tensor(py, given.layout, "layout", &operands.layout, &api)) return false;
     if (!read_tensor(py, given.d, "d", &operands.d, &api)) return false;
 
     fp8gemm_problem problem;
@@ -156,14 +158,4 @@ void* fp8gemm_python_call(void* otherwise) {
 const void* fp8gemm_exchange_api(void* object) {
     const Python* py = python();
     return py ? exchange_api(*py, static_cast<PyObject*>(object)) : nullptr;
-}
-
-// Destructor of a capsule that nobody consumed: a consumer renames what it takes over.
-void fp8gemm_capsule_delete(void* object) {
-    const Python* py = python();
-    auto* capsule = static_cast<PyObject*>(object);
-    const char* const names[] = {"dltensor", "dltensor_versioned"};
-    for (int versioned = 0; py && versioned < 2; ++versioned)
-        if (py->PyCapsule_IsValid(capsule, names[versioned]))
-            fp8gemm_dlpack_delete(py->PyCapsule_GetPointer(capsule, names[versioned]), versioned);
 }

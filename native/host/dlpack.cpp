@@ -7,6 +7,7 @@
 
 #include "driver.h"
 #include "error.h"
+#include "python.h"
 
 using namespace fp8gemm;
 
@@ -47,11 +48,20 @@ int read(const dlpack::Tensor& from, bool read_only, const char* argument, fp8ge
     return FP8GEMM_OK;
 }
 
+const char* const kCapsules[] = {"dltensor", "dltensor_versioned"};
+
 }  // namespace
 
-int fp8gemm_read_dlpack(const void* managed, int versioned, const char* argument, fp8gemm_tensor* tensor) {
-    if (!managed) return fail(FP8GEMM_ARGUMENT, argument, "an empty DLPack capsule");
-    if (!versioned) return read(static_cast<const dlpack::ManagedTensor*>(managed)->tensor, false, argument, tensor);
+int fp8gemm_read_capsule(void* object, const char* argument, fp8gemm_tensor* tensor) {
+    const Python* py = python();
+    auto* capsule = static_cast<PyObject*>(object);
+    if (py && py->PyCapsule_IsValid(capsule, kCapsules[0])) {
+        const void* managed = py->PyCapsule_GetPointer(capsule, kCapsules[0]);
+        return read(static_cast<const dlpack::ManagedTensor*>(managed)->tensor, false, argument, tensor);
+    }
+    if (!py || !py->PyCapsule_IsValid(capsule, kCapsules[1]))
+        return fail(FP8GEMM_ARGUMENT, argument, "its __dlpack__ gave no DLPack capsule, or one that was consumed");
+    const void* managed = py->PyCapsule_GetPointer(capsule, kCapsules[1]);
     const auto* m = static_cast<const dlpack::ManagedTensorVersioned*>(managed);
     if (m->version.major != dlpack::kMajor)
         return fail(FP8GEMM_ARGUMENT, argument, "DLPack version %u.%u; only %u.x is understood", m->version.major,
@@ -225,4 +235,13 @@ void fp8gemm_dlpack_delete(void* managed, int versioned) {
         auto* m = static_cast<dlpack::ManagedTensor*>(managed);
         if (m->deleter) m->deleter(m);
     }
+}
+
+// Destructor of a capsule that nobody consumed: a consumer renames what it takes over.
+void fp8gemm_capsule_delete(void* object) {
+    const Python* py = python();
+    auto* capsule = static_cast<PyObject*>(object);
+    for (int versioned = 0; py && versioned < 2; ++versioned)
+        if (py->PyCapsule_IsValid(capsule, kCapsules[versioned]))
+            fp8gemm_dlpack_delete(py->PyCapsule_GetPointer(capsule, kCapsules[versioned]), versioned);
 }

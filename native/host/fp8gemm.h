@@ -104,9 +104,9 @@ typedef struct {                                /* what its calls do */
 FP8GEMM_API int fp8gemm_abi_version(void);
 FP8GEMM_API const fp8gemm_error *fp8gemm_last_error(void);
 
-/* DLPack. `managed` is a DLManagedTensor (versioned == 0) or DLManagedTensorVersioned; it stays the caller's.
- * `api` is the DLPackExchangeAPI of the object's type. The GIL must be held for all that take or give Python objects. */
-FP8GEMM_API int fp8gemm_read_dlpack(const void *managed, int versioned, const char *argument, fp8gemm_tensor *tensor);
+/* DLPack. A capsule that is read stays unconsumed: dropping it runs its producer's deleter. `api` is the
+ * DLPackExchangeAPI of the object's type. The GIL must be held for all that take or give Python objects. */
+FP8GEMM_API int fp8gemm_read_capsule(void *py_capsule, const char *argument, fp8gemm_tensor *tensor);
 FP8GEMM_API const void *fp8gemm_exchange_api(void *py_object);                   /* null: it has none */
 FP8GEMM_API int fp8gemm_read_exchange(const void *api, void *py_object, const char *argument, fp8gemm_tensor *tensor);
 FP8GEMM_API int fp8gemm_exchange_stream(const void *api, int device_type, int device_id, void **stream);
@@ -128,17 +128,19 @@ FP8GEMM_API int fp8gemm_describe(fp8gemm_operands *operands, fp8gemm_problem *pr
 
 /* Any thread may call these at any time. A found entry never changes and lives as long as the process. */
 FP8GEMM_API int32_t fp8gemm_bucket(int64_t m);                  /* rows for which one plan serves */
-FP8GEMM_API void fp8gemm_make_key(const fp8gemm_problem *problem, int64_t expected_m, int batch_invariant, fp8gemm_key *key);
+FP8GEMM_API void fp8gemm_make_key(const fp8gemm_problem *problem, int64_t expected_m, int batch_invariant,
+                                  fp8gemm_key *key);
 FP8GEMM_API const fp8gemm_entry *fp8gemm_find(const fp8gemm_key *key);           /* null: a miss; else counts a call */
-FP8GEMM_API int fp8gemm_put(const fp8gemm_entry *entry);                         /* replaces what its key had */
+/* Replaces what its key had, but for a plan from the store that one from elsewhere would replace. */
+FP8GEMM_API int fp8gemm_put(const fp8gemm_entry *entry);
 /* Copies entries with their calls since the last listing, which starts the count anew; returns how many there are. */
 FP8GEMM_API size_t fp8gemm_entries(fp8gemm_entry *entries, uint64_t *calls, size_t capacity);
 FP8GEMM_API void fp8gemm_forget_plans(void);                    /* every problem is a miss again */
 FP8GEMM_API int fp8gemm_limit_sms(int device_id, int num_sms);  /* 0: no limit */
 FP8GEMM_API int fp8gemm_sm_limit(int device_id);
 /* What an entry says: on the CPU now, on CUDA on the stream. */
-FP8GEMM_API int fp8gemm_run(const fp8gemm_entry *entry, const fp8gemm_operands *operands, const fp8gemm_problem *problem,
-                            void *stream);
+FP8GEMM_API int fp8gemm_run(const fp8gemm_entry *entry, const fp8gemm_operands *operands,
+                            const fp8gemm_problem *problem, void *stream);
 
 /* A new builtin: the call's fast path (call.cpp), which hands what it can't do to the Python function `otherwise`. */
 FP8GEMM_API void *fp8gemm_python_call(void *otherwise);

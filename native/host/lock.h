@@ -1,4 +1,4 @@
-// The library's one mutex, for what is rare: opening the driver, a device's first use, a new plan. No call waits for it.
+// The library's one mutex, for what is rare: opening the driver, a device's first use, a new plan.
 #pragma once
 
 namespace fp8gemm {

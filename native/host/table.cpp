@@ -1,9 +1,9 @@
 // The table of plans: what each problem's calls do, found without a lock, an allocation or a system call.
 //
 // A chained hash. Slots are only ever added, at the head of their chain. An entry is complete before its pointer is
-// published and never changes afterwards; a new one takes its place by a swap. Entries that were replaced stay allocated
-// for the life of the process: a call that has just found one needs no reference count, and there are few, one for each
-// time that a tuner or a user gives a problem another plan.
+// published and never changes afterwards; a new one takes its place by a swap. Entries that were replaced stay
+// allocated for the life of the process: a call that has just found one needs no reference count, and there are few,
+// one for each time that a tuner or a user gives a problem another plan.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -68,7 +68,7 @@ void fp8gemm_make_key(const fp8gemm_problem* p, int64_t expected_m, int batch_in
     key->expected_m = fp8gemm_bucket(std::min<int64_t>(rows, p->m));
     key->batch_invariant = batch_invariant != 0;
     if (!cuda) return;
-    key->row_scales = !p->scales_by_bulk;
+    key->row_scales = p->kind != FP8GEMM_RAGGED && !p->scales_by_bulk;           // ragged ones are never copied in bulk
     key->num_sms = fp8gemm_sm_limit(p->device_id);
 }
 
@@ -97,7 +97,9 @@ int fp8gemm_put(const fp8gemm_entry* given) {
         ++slots;
         return FP8GEMM_OK;
     }
-    slot->entry.store(entry, std::memory_order_release);
+    const fp8gemm_entry* before = slot->entry.load(std::memory_order_relaxed);
+    if (before && before->from_store && !entry->from_store) delete entry;        // a miss that was slow to choose
+    else slot->entry.store(entry, std::memory_order_release);
     return FP8GEMM_OK;
 }
 
