@@ -360,7 +360,8 @@ def test_a_writer_keeps_misses_out_but_not_readers(monkeypatch: pytest.MonkeyPat
 
     def note(*arguments: Any, **options: Any) -> sqlite3.Connection:
         timeouts.append(options["timeout"])
-        return connect(*arguments, **options)
+        found: sqlite3.Connection = connect(*arguments, **options)
+        return found
 
     monkeypatch.setattr(sqlite3, "connect", note)
     assert not store.add_misses(store.path(), {task_of(): 1})
