@@ -1,6 +1,7 @@
 """How the tuner's commands show what they do and found."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -96,16 +97,34 @@ def outcomes_json(target: Target, outcomes: Sequence[Outcome], asked: int) -> di
             "device": target.name,
             "hardware": target.device.name,
             "asked": asked,
+            "behind_the_best": behind(outcomes),
             "problems": [_outcome_json(outcome) for outcome in outcomes],
         }
     )
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    found: dict[str, Any] = outcome.task.row() | {"measured": outcome.measured, "reason": outcome.reason}
+    found: dict[str, Any] = outcome.task.row()
+    found |= {name: getattr(outcome, name) for name in ("measured", "reason", "best_seconds", "stored_seconds")}
     if outcome.winner:
         plans = {k: v._asdict() for k, v in outcome.winner._asdict().items() if k.endswith("plan") and v}
         found |= outcome.winner._asdict() | plans
+    return found
+
+
+def behind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """How much slower than the best plan of each sweep default and stored plans are: geometric mean and worst."""
+    found = {}
+    best = [(outcome, outcome.winner, outcome.best_seconds) for outcome in outcomes]
+    times = {
+        "default": [(winner.default_seconds, least) for _, winner, least in best if winner],
+        "stored": [(outcome.stored_seconds, least) for outcome, _, least in best],
+    }
+    for name, pairs in times.items():
+        ratios = [seconds / least for seconds, least in pairs if seconds and least]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            found[name] = {"problems": len(ratios), "geometric_mean": mean, "worst": max(ratios)}
     return found
 
 
@@ -138,6 +157,10 @@ def show_outcomes(target: Target, outcomes: Sequence[Outcome], asked: int) -> No
     out.print(table)
     if len(outcomes) < asked:
         out.print(Text(f"  {asked - len(outcomes)} of {asked} problems not reached: the time was over", "yellow"))
+    for name, figures in behind(outcomes).items():
+        mean, worst = figures["geometric_mean"] - 1, figures["worst"] - 1
+        slower = f"{mean:.1%} slower than the best of these sweeps in the geometric mean, {worst:.1%} at worst"
+        out.print(Text(f"  {name} plans are {slower}"))
     out.print(Text(f"  kept in {store.path()}; running processes use them within a second", "dim"))
 
 

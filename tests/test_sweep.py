@@ -295,9 +295,13 @@ def test_a_stored_winner_is_replaced_only_by_a_clear_lead() -> None:
     def nearly(p: AnyPlan) -> float:
         return 0.99999e-3 if p == CpuPlan(8, 64) else by_columns(3)(p)
 
-    kept = sweep(FakeRig(nearly, noise=0.02)).winner
+    again = sweep(FakeRig(nearly, noise=0.02))
+    kept = again.winner
     assert kept is not None
     assert kept.plan == CpuPlan(8, 128)
+    assert again.stored_seconds == kept.seconds
+    assert again.best_seconds is not None
+    assert again.best_seconds <= kept.seconds
     replaced = sweep(FakeRig(by_columns(1), noise=0.02)).winner
     assert replaced is not None
     assert replaced.plan == CpuPlan(8, 32)

@@ -66,6 +66,17 @@ def test_tune_shows_default_and_tuned() -> None:
     assert str(store.path()) in result.stdout.replace("\n", "")
 
 
+def test_tune_tells_how_far_behind_default_and_stored_plans_are() -> None:
+    _, first = call_json(*TINY, "--m", "1,32")
+    assert set(first["behind_the_best"]) == {"default"}
+    ratios = [p["default_seconds"] / p["best_seconds"] for p in first["problems"]]
+    assert first["behind_the_best"]["default"]["worst"] == pytest.approx(max(ratios))
+    assert first["behind_the_best"]["default"]["geometric_mean"] == pytest.approx((ratios[0] * ratios[1]) ** 0.5)
+    _, again = call_json(*TINY, "--m", "1,32", "--full")
+    assert set(again["behind_the_best"]) == {"default", "stored"}
+    assert again["behind_the_best"]["stored"]["problems"] == 2
+
+
 def test_tune_misses() -> None:
     cpu = backends.cpu_device()
     task = Task(Problem(native.DENSE, 48, 64, 128), cpu.name, cpu.sms, cpu.sms)

@@ -139,8 +139,10 @@ class GpuRig:
         lead = get_tma_aligned_size(p.m, 4)
         stacks = rows // p.m if p.m else 1
         needed = rows * p.k + groups * p.n * p.k + 6 * rows * p.n + 4 * blocks * (stacks * lead + groups * columns)
-        target.require_room(needed)
+        target.require_room(needed + target.flush_bytes)
         try:
+            self._flushed = self._allocate(target.flush_bytes)
+            self.gpu.fill(self._flushed, 0, target.flush_bytes // 4, 4)
             self._operands = self._make(p, rows, groups, blocks, columns, lead)
             self._found = native.Problem()
             native.library().describe(ctypes.byref(self._operands), ctypes.byref(self._found))
@@ -215,6 +217,11 @@ class GpuRig:
         o, p = ctypes.byref(self._operands), ctypes.byref(self._found)
         native.library().run(ctypes.byref(entry), o, p, self.gpu.stream)
 
+    def _flush(self) -> None:
+        """Fills L2 with something else."""
+        words = (self._flushed, ctypes.c_void_p), (self.target.flush_bytes // 8, ctypes.c_longlong)
+        self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p))
+
     def error(self, plan: AnyPlan) -> float:
         if plan not in self._entries:
             key = planner.make_key(self._found)
@@ -237,7 +244,7 @@ class GpuRig:
             turns += [(first + i) % len(plans) for i in range(len(plans))]
         for number, turn in enumerate(turns):
             self.gpu.record(3 * number)
-            self.target.flush()
+            self._flush()
             self.gpu.record(3 * number + 1)
             self._launch(plans[turn])
             self.gpu.record(3 * number + 2)
@@ -290,9 +297,7 @@ class GpuTarget:
         driver = ctypes.c_int()
         native.library().driver_version(ctypes.byref(driver))
         self.stamp = Stamp(f"{made_by.kind} {made_by.version}", str(driver.value), _sources_digest())
-        self._flush_bytes = SHARED_FLUSH * self.device.l2_bytes if share else FLUSH_BYTES
-        self._flushed = self.gpu.allocate(self._flush_bytes)
-        self.gpu.fill(self._flushed, 0, self._flush_bytes // 4, 4)
+        self.flush_bytes = SHARED_FLUSH * self.device.l2_bytes if share else FLUSH_BYTES
         self._nvml = _Nvml.open(self.gpu.uuid)
         self._builder: Builder | None = None
 
@@ -301,16 +306,11 @@ class GpuTarget:
         free = self.gpu.free_bytes()
         most = free // 2 if self.share else free - (256 << 20)
         if self.memory_bytes is not None:
-            most = min(most, self.memory_bytes - self._flush_bytes)
+            most = min(most, self.memory_bytes)
         if needed > most:
             raise BackendUnavailable(
                 f"{self.name}: the operands take {needed >> 20} MiB, there is room for {most >> 20}"
             )
-
-    def flush(self) -> None:
-        """Fills L2 with something else."""
-        words = (self._flushed, ctypes.c_void_p), (self._flush_bytes // 8, ctypes.c_longlong)
-        self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p))
 
     def rig(self, task: Task) -> Rig:
         return GpuRig(self, task)
@@ -351,7 +351,6 @@ class GpuTarget:
     def close(self) -> None:
         if self._builder:
             self._builder.close()
-        self.gpu.release(self._flushed)
         self.gpu.close()
 
 

@@ -22,12 +22,18 @@ FINALISTS = 2  # of the first stage go on to the second
 
 
 class Outcome(NamedTuple):
-    """What a sweep came to: a winner, or the reason why there is none."""
+    """What a sweep came to: a winner, or the reason why there is none.
+
+    `best_seconds` is less than the winner's time where a tie was given to the plan that was there before;
+    `stored_seconds` is the time, in the same rounds, of the winner that was stored before.
+    """
 
     task: Task
     winner: Winner | None
     measured: int  # plans that were timed
     reason: str | None = None
+    best_seconds: float | None = None
+    stored_seconds: float | None = None
 
     @property
     def failed(self) -> bool:
@@ -55,7 +61,8 @@ class Sweep:
         self.id = secrets.token_hex(8)
         self.space = store.space(target.device)
         self.default = space.default(task, target.device)
-        self.incumbent = writer.incumbent(task, target.device) or self.default
+        self.stored = writer.incumbent(task, target.device)
+        self.incumbent = self.stored or self.default
         self.errors: dict[AnyPlan, float] = {}
         self.recorded: set[AnyPlan] = set()
 
@@ -90,7 +97,9 @@ class Sweep:
         if not rig.error(winner.plan) <= TOLERANCE:  # once more, after all that ran since
             return self._nothing(f"{winner.plan} was right at first and is wrong now")
         self.writer.publish(self.task, self.space, winner, self.target.stamp)
-        return Outcome(self.task, winner, len(self.recorded))
+        stored = standings.get(self.stored) if self.stored else None
+        best = next(iter(standings.values())).seconds
+        return Outcome(self.task, winner, len(self.recorded), None, best, stored.seconds if stored else None)
 
     def _built(self, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those that compile, without spills; the others are recorded."""
