@@ -464,7 +464,7 @@ def test_nothing_is_lost_when_processes_are_killed(tmp_path: Path) -> None:
     assert report["errors"] == [], seed
     assert report["lost"] == [], seed
     assert (report["integrity"], report["set_aside"], report["winners"]) == ("ok", [], 8)
-    assert report["written"] > 100
+    assert report["written"] >= 40
 
 
 def test_the_documented_schema_is_the_schema() -> None:

@@ -24,6 +24,7 @@ TINY = ("tune", "--device", "cpu", "--n", "64", "--k", "128")
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FP8GEMM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("fp8gemm.tuner.cpu.SAMPLE", 0.0005)  # quick, if rough
     return tmp_path
 
 
