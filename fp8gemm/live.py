@@ -10,6 +10,7 @@ Kernels are loaded so that captures which are open elsewhere go on. A forked chi
 
 import atexit
 import contextlib
+import math
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ from .store import Task
 
 INTERVAL = 0.4  # seconds between two looks at the file: new plans are in use within a second
 FLUSH_INTERVAL = 10.0  # seconds between two writes of counts alone; a problem not seen before is written at once
+RETRY_INTERVAL = 30.0  # seconds until a plan that could not be built or loaded is tried again
 _PATIENCE = 1.0  # seconds that the end of the process waits for a plan that is just being loaded
 
 
@@ -31,13 +33,14 @@ class _Follower:
         self._misses: dict[Task, int] = {}
         self._known: set[bytes] = set()
         self._flushed = 0.0
-        self._refused = False  # a plan could not be loaded at the last turn
+        self._retry = math.inf  # when to try again what could not be loaded
 
     def turn(self, every_reduction: bool = False, flush: bool = False) -> int:
         """Counts misses, adopts plans. The number of problems whose plan is another one now."""
         with self._lock:
-            look = store.mirror().refresh() or self._refused or every_reduction
-            self._refused = False
+            look = store.mirror().refresh() or every_reduction or time.monotonic() > self._retry
+            if look:
+                self._retry = math.inf
             listed = planner.listing()
             adopted = sum(self._adopt(entry.key, every_reduction) for entry in listed) if look else 0
             news = sum(self._count(entry) for entry in listed)  # all of them, not just the first
@@ -70,9 +73,9 @@ class _Follower:
         if not every_reduction and new.reduction != old.reduction:
             return False
         try:
-            planner.publish(key, new, True)
+            planner.publish(key, new, True, may_build=True)
         except Fp8GemmError:  # it cannot be built or loaded now: the old one serves
-            self._refused = True
+            self._retry = time.monotonic() + RETRY_INTERVAL
             return False
         return new != old
 

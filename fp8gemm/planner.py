@@ -11,7 +11,7 @@ from typing import NamedTuple
 from . import backends, compiler, cost, native, store
 from .backends import CpuPlan, cpu_device
 from .device import Device, require_hopper
-from .errors import BackendUnavailable, CompilerNotFound, NotPrepared, OperandError
+from .errors import BackendUnavailable, CompileError, CompilerNotFound, NotPrepared, OperandError
 from .plan import K_ASCENDING, Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
 from .problem import KINDS, Problem
 
@@ -100,10 +100,19 @@ def choose(key: native.Key) -> tuple[Plan | CpuPlan | None, bool]:
 def resolve(key: native.Key, stream: int | None = None) -> native.Entry:
     """Chooses a plan for the calls of a key, loads its kernel and puts both into the table.
 
-    Raises what loading raises (see `backends.loaded`); the table is then as it was.
+    A plan of the store that does not compile here gives way to the default. Raises what loading raises (see
+    `backends.loaded`); the table is then as it was.
     """
+    plan, from_store = choose(key)
     try:
-        entry = publish(key, *choose(key), stream)
+        try:
+            entry = publish(key, plan, from_store, stream)
+        except CompileError:
+            if not from_store:
+                raise
+            device = device_of(key)
+            plan = default_plan(problem_of(key), device, key.num_sms or device.sms)
+            entry = publish(key, plan, False, stream)
         native.library().find(ctypes.byref(key))  # counts this call too
         return entry
     except NotPrepared as error:

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import math
 import os
 import subprocess
 import sys
@@ -106,8 +107,25 @@ def test_a_plan_that_cannot_be_loaded_now_is_tried_again(monkeypatch: pytest.Mon
     assert live._follower.turn() == 0
     assert in_use() == old
     monkeypatch.setattr(planner, "entry_of", original)
+    assert live._follower.turn() == 0, "not at once: a build that fails takes time"
+    monkeypatch.setattr(time, "monotonic", lambda: math.inf)
     assert live._follower.turn() == 1
     assert in_use() == CpuPlan(1, 48)
+
+
+def test_a_stored_plan_that_does_not_compile_gives_way_to_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = planner.entry_of
+
+    def fails(key: native.Key, plan: CpuPlan, *rest: object) -> native.Entry:
+        if plan == CpuPlan(1, 48):
+            raise CompileError("registers spill")
+        return original(key, plan, *rest)  # type: ignore[arg-type]
+
+    publish(CpuPlan(1, 48))
+    monkeypatch.setattr(planner, "entry_of", fails)
+    call()
+    cpu = backends.cpu_device()
+    assert in_use() == planner.default_plan(PROBLEM, cpu, cpu.sms)
 
 
 def misses() -> dict[int, int]:

@@ -18,7 +18,7 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FINALISTS = 2  # of the first stage go on to the second
+FINALISTS = 2  # of one stage lend their plans to the next
 
 
 class Outcome(NamedTuple):
@@ -82,8 +82,7 @@ class Sweep:
         for stage, more in (("launches", space.launches), ("fewer SMs", space.fewer_sms)):
             if not standings or self.stop():
                 break
-            finalists = [plan for plan in standings if plan not in (self.default, self.incumbent)][:FINALISTS]
-            finalists = list(dict.fromkeys([next(iter(standings)), *finalists]))[:FINALISTS]
+            finalists = list(standings)[:FINALISTS]
             extra = [plan for best in finalists for plan in more(best, self.task)]
             if extra:
                 keep = dict.fromkeys([*finalists, self.default, self.incumbent])
