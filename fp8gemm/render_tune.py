@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from . import store
@@ -33,7 +33,7 @@ class Lines:
     def __call__(self, progress: Progress) -> None:
         if progress.task != self._task:
             self._task = progress.task
-            self.print(f"[{progress.done + 1}/{progress.total}] {progress.task.name}{_left(progress.left)}")
+            self.print(f"[{progress.done + 1}/{progress.total}] {_left(progress.left)}{progress.task.name}")
 
     def finished(self, outcome: Outcome) -> None:
         self.print(f"    {outcome_line(outcome)}")
@@ -50,7 +50,7 @@ class Bar(Lines):
         self._bars, self._id = bars, bars.add_task("", total=None)
 
     def __call__(self, progress: Progress) -> None:
-        text = f"{progress.task.name}: {progress.doing}{_left(progress.left)}"
+        text = f"{_left(progress.left)}{progress.task.name}: {progress.doing}"
         self._bars.update(self._id, description=text, completed=progress.done, total=progress.total)
 
     def finished(self, outcome: Outcome) -> None:
@@ -68,14 +68,13 @@ def live(quiet: bool) -> Iterator[Lines]:
     if quiet or not err.is_terminal:
         yield Lines()
         return
-    with Bars(
-        BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), console=err, transient=True
-    ) as bars:
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    with Bars(BarColumn(10), MofNCompleteColumn(), text, console=err, transient=True, expand=True) as bars:
         yield Bar(bars)
 
 
 def _left(seconds: float | None) -> str:
-    return "" if seconds is None else f", about {duration(max(seconds, 0.0))} left"
+    return "" if seconds is None else f"about {duration(max(seconds, 0.0))} to go, "
 
 
 def outcome_line(outcome: Outcome) -> str:

@@ -120,8 +120,8 @@ class Sweep:
             if standings:
                 best, default = next(iter(standings.values())), standings.get(self.default)
                 beside = f" (default {1e6 * default.seconds:.1f})" if default else ""
-                left = f"{len(standings)} of {len(right)} left"
-                self.say(f"measuring {stage}: {left}, best {1e6 * best.seconds:.1f} us{beside}")
+                left = f"{len(standings)} of {len(right)} plans"
+                self.say(f"{stage}: {left}, best {1e6 * best.seconds:.1f} us{beside}")
 
         return Race(rig, right, (self.default, self.incumbent), self.stop, dropped, told, self.rest).run()
 
