@@ -59,11 +59,12 @@ def tune(
     from .tuner.target import open_target
     from .tuner.writer import Writer
 
-    problems = [p for name in preset or () for p in presets.preset(name, ms)]
-    if n is not None and k is not None:
-        problems += [presets.problem(KINDS.index(kind), rows, n, k, groups, expected_m) for rows in ms or ()]
     target = open_target(where)
     try:
+        rows = ms or (list(presets.CPU_ROWS) if target.device.is_cpu else None)
+        problems = [p for name in preset or () for p in presets.preset(name, rows)]
+        if n is not None and k is not None:
+            problems += [presets.problem(KINDS.index(kind), m, n, k, groups, expected_m) for m in ms or ()]
         with Writer() as writer, render_tune.live(as_json) as show:
             tasks = presets.tasks(problems, target.device, limits)
             tasks = list(dict.fromkeys(tasks + (writer.misses(target.device) if misses else [])))

@@ -10,6 +10,7 @@ docs/store.md describes the tables.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import time
@@ -138,6 +139,11 @@ class Task(NamedTuple):
 TASK_COLUMNS = tuple(_TASK_KEY.split(", "))
 
 
+@functools.cache
+def _field_types(family: type) -> dict[str, Any]:
+    return typing.get_type_hints(family)
+
+
 def space(device: Device) -> str:
     """The plan space of a device and its version."""
     return f"cpu {CPU_SPACE_VERSION}" if device.is_cpu else f"hopper {SPACE_VERSION}"
@@ -152,7 +158,7 @@ def parse_plan(text: str, kind: int, device: Device, num_sms: int) -> AnyPlan | 
     family: type[AnyPlan] = CpuPlan if device.is_cpu else Plan
     try:
         plan = family(**json.loads(text))
-        hints = typing.get_type_hints(family)
+        hints = _field_types(family)
         if any(type(value) is not hints[name] for name, value in plan._asdict().items()):
             return None
         if plan.num_sms > num_sms or any(plan.violations(kind, device)):
