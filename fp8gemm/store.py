@@ -10,7 +10,6 @@ docs/store.md describes the tables.
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import time
@@ -139,9 +138,7 @@ class Task(NamedTuple):
 TASK_COLUMNS = tuple(_TASK_KEY.split(", "))
 
 
-@functools.cache
-def _field_types(family: type) -> dict[str, Any]:
-    return typing.get_type_hints(family)
+_FIELD_TYPES = {family.__name__: typing.get_type_hints(family) for family in (Plan, CpuPlan)}
 
 
 def space(device: Device) -> str:
@@ -158,7 +155,7 @@ def parse_plan(text: str, kind: int, device: Device, num_sms: int) -> AnyPlan | 
     family: type[AnyPlan] = CpuPlan if device.is_cpu else Plan
     try:
         plan = family(**json.loads(text))
-        hints = _field_types(family)
+        hints = _FIELD_TYPES[family.__name__]
         if any(type(value) is not hints[name] for name, value in plan._asdict().items()):
             return None
         if plan.num_sms > num_sms or any(plan.violations(kind, device)):
