@@ -213,7 +213,7 @@ def _strip(tuned: Tuned) -> str:
     for tick in (1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0):
         if tick <= x.high:
             parts.append(f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="12" y2="20"/>')
-            parts.append(_text(x(tick), 34, f"{tick:g}x", "middle"))
+            parts.append(_text(x(tick), 38, f"{tick:g}x", "middle"))
     for plan in sorted(tuned.plans, key=lambda plan: (plan.is_winner, plan.is_default)):
         place, title = x(plan.seconds / tuned.seconds), f"<title>{escape(plan.plan)}: {duration(plan.seconds)}</title>"
         if plan.is_default:
@@ -223,7 +223,7 @@ def _strip(tuned: Tuned) -> str:
         opacity = 1 if plan.is_winner else 0.55
         circle = f'<circle cx="{place:.1f}" cy="16" r="{radius}" fill="{fill}" fill-opacity="{opacity}">'
         parts.append(f"{circle}{title}</circle>")
-    return f'<svg viewBox="0 0 860 38" role="img" aria-label="times of the plans">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 860 42" role="img" aria-label="times of the plans">{"".join(parts)}</svg>'
 
 
 def _table(tuned: Tuned) -> str:
