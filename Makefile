@@ -20,7 +20,8 @@ else
   ready    = native .venv/$(1)
 endif
 
-RUN := $(FP8GEMM) bench --quick
+RUN  := $(FP8GEMM) bench --quick
+TUNE := $(FP8GEMM) tune --m 16,64 --n 576 --k 7168 --budget 20
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -30,8 +31,9 @@ RUN := $(FP8GEMM) bench --quick
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-run: $(call ready,for-run) ## a short benchmark of this machine
+run: $(call ready,for-run) ## a short benchmark of this machine, and two problems tuned
 	$(RUN) $(ARGS)
+	$(TUNE)
 
 bench: $(call ready,for-run) ## the whole benchmark
 	$(FP8GEMM) bench $(ARGS)

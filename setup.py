@@ -51,7 +51,11 @@ class TagWheel(bdist_wheel):
 setup(
     packages=sorted({"fp8gemm.kernels", "fp8gemm.tuner", *find_packages(include=["fp8gemm", "fp8gemm.*"])}),
     package_dir={"fp8gemm.kernels": "native/kernels", "fp8gemm.tuner": "tuner"},
-    package_data={"fp8gemm": ["py.typed"], "fp8gemm.kernels": ["*.cu", "*.cuh", "*.h"]},
+    package_data={
+        "fp8gemm": ["py.typed"],
+        "fp8gemm.kernels": ["*.cu", "*.cuh", "*.h"],
+        "fp8gemm.tuner": ["*.toml"],
+    },
     ext_modules=[Extension("fp8gemm.libfp8gemm", SOURCES, depends=[*HEADERS, FLAGS])],
     cmdclass={"bdist_wheel": TagWheel, "build_ext": BuildLibrary},
 )

@@ -15,6 +15,7 @@ from .errors import (
     OperandError,
     PlanError,
     ShapeError,
+    StoreError,
 )
 from .gemm import (
     gemm_fp8_fp8_bf16_nt,
@@ -27,6 +28,7 @@ from .layout import (
     get_m_alignment_for_contiguous_layout,
     get_tma_aligned_size,
 )
+from .live import refresh
 from .planner import Prepared, Shapes, prepare
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
@@ -47,6 +49,7 @@ __all__ = [
     "Prepared",
     "ShapeError",
     "Shapes",
+    "StoreError",
     "Tensor",
     "ceil_div",
     "gemm_fp8_fp8_bf16_nt",
@@ -59,5 +62,6 @@ __all__ = [
     "per_block_cast_to_fp8",
     "per_token_cast_to_fp8",
     "prepare",
+    "refresh",
     "set_num_sms",
 ]

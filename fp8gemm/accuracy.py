@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 BLOCK = 128  # K under one scale; rows of B under one scale
+TOLERANCE = 1.05  # times the error of merely rounding to bf16: a bf16 partial sum or scale is worse
+WORST_ROW = 2.0  # the same of any one row
 POISON = 0x7FDE  # a NaN of bf16: an element that nobody wrote fails every check
 _BF16_EXPONENT = 0x7F80
 
@@ -29,8 +31,8 @@ class Check(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """Within 5% of rounding alone, the worst row within 2x: a bf16 partial sum or scale fails this."""
-        return self.ratio <= 1.05 and self.worst_row <= 2.0  # both false for NaN
+        """Within 5% of rounding alone, the worst row within 2x."""
+        return self.ratio <= TOLERANCE and self.worst_row <= WORST_ROW  # both false for NaN
 
 
 def e4m3_values(xp: Any, dtype: Any) -> Any:

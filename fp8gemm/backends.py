@@ -4,11 +4,12 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from . import compiler, device, native
 from .errors import BackendUnavailable, CompilerNotFound
-from .plan import Kernel, cast_kernel, copy_kernel
+from .plan import K_ASCENDING, Kernel, cast_kernel, copy_kernel
 
 _kernels: dict[tuple[int, Kernel], ctypes.c_void_p] = {}
 _lock = threading.Lock()
@@ -76,11 +77,32 @@ def cuda_copy(x: native.Tensor, s: native.Tensor, stream: int) -> None:
         native.library().launch_copy(kernel, ctypes.byref(x), ctypes.byref(s), stream)
 
 
+CPU_SPACE_VERSION = 1  # of CpuPlan: a stored plan of another version is not read
+CPU_TILE_NS = tuple(range(16, 257, 16))  # native/host/cpu_gemm.cpp
+
+
 class CpuPlan(NamedTuple):
     """How the CPU backend computes: worker threads, columns of D that one takes at a time."""
 
     threads: int
     tile_n: int
+
+    @property
+    def num_sms(self) -> int:
+        """Cores, which are to a CPU what SMs are to a GPU."""
+        return self.threads
+
+    @property
+    def reduction(self) -> str:
+        """How K is summed; see `Plan.reduction`."""
+        return K_ASCENDING
+
+    def violations(self, kind: int, device: device.Device) -> Iterator[str]:
+        """Every rule that the plan breaks, in words; none if it is legal."""
+        if not 1 <= self.threads <= device.sms:
+            yield f"{self.threads} threads, allowed are 1 to {device.sms}"
+        if self.tile_n not in CPU_TILE_NS:
+            yield f"tile_n {self.tile_n}, allowed are {CPU_TILE_NS}"
 
     def __str__(self) -> str:
         return f"{self.threads} threads, {self.tile_n} columns"
@@ -89,6 +111,12 @@ class CpuPlan(NamedTuple):
 def cpu_threads() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def cpu_device() -> device.Device:
+    """This machine's CPU as plans and the store see it: its cores as SMs."""
+    name = f"{device.cpu_name()}, {native.library().cpu_features().decode()}"
+    return device.Device(name, (0, 0), cpu_threads(), 0, 0, 0.0, 0.0)
 
 
 def cpu_cast(per_block: bool, x: native.Tensor, q: native.Tensor, s: native.Tensor) -> None:

@@ -9,6 +9,7 @@ from . import compiler, cost, device, native, planner
 from .accuracy import Check
 from .errors import CompileError
 from .gemm import Matrix, gemm_fp8_fp8_bf16_nt
+from .peers import default_plan
 from .problem import Problem
 from .workbench import NumpyBench, Workbench, busy_share, gpu_bench
 
@@ -159,7 +160,8 @@ def _case(bench: Workbench, problem: Problem, weights: Matrix, rounds: int) -> C
     bench.poison(d)
     ours()
     check, first = bench.check(activations, weights, d), bench.copy(d)
-    seconds = bench.seconds({OURS: ours} | bench.peers(activations, weights, d), rounds)
+    others = default_plan(activations, weights, d) | bench.peers(activations, weights, d)
+    seconds = bench.seconds({OURS: ours} | others, rounds)
     bench.poison(d)
     ours()
     return Case(problem, _plan(bench, problem), check, bench.same(d, first), seconds.pop(OURS), seconds)

@@ -27,6 +27,14 @@ def directory() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("fp8gemm"))
 
 
+def has(key: str) -> bool:
+    """Whether there is a whole entry."""
+    try:
+        return _read(directory() / "cubins" / f"{key}.cubin") is not None
+    except OSError:
+        return False
+
+
 def get_or_build(key: str, build: Callable[[], bytes]) -> bytes:
     """The cubin of `key`, from the cache or by `build()`, which runs at most once a machine and key."""
     path = directory() / "cubins" / f"{key}.cubin"

@@ -4,18 +4,15 @@ Exit codes: 0 well; 1 a wrong result, or something broke; 2 wrong options, or th
 `doctor` adds 3: only the CPU backend can run.
 """
 
-import contextlib
-import json
-import re
 import sys
-from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from . import __version__
+from . import __version__, cli_tuner, options
 from .errors import BackendUnavailable, Fp8GemmError, OperandError
+from .options import Json
 
 
 class Commands(TyperGroup):
@@ -30,8 +27,6 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-
-Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, and nothing else, to standard output.")]
 
 
 def _version(wanted: bool) -> None:
@@ -64,11 +59,11 @@ def doctor(as_json: Json = False) -> None:
     """
     from . import doctor, render_doctor
 
-    with _progress() as say:
+    with options.progress() as say:
         say("examining this machine")
         report = doctor.examine()
     if as_json:
-        _print_json(render_doctor.as_json(report))
+        options.print_json(render_doctor.as_json(report))
     else:
         render_doctor.show(report)
     raise typer.Exit(report.exit_code)
@@ -97,56 +92,22 @@ def bench(
     On a GPU that is cuBLASLt (through PyTorch) and DeepGEMM, where installed; on a CPU, NumPy. Without a Hopper GPU a
     few of its kernels are compiled, too. Exit code 1 if a result is wrong or a kernel does not compile.
     """
-    weights = None if not shape else [_weights(text) for text in shape]
-    ms = None if m is None else [_positive(part, "--m") for part in m.split(",")]
-    where = _device(device)
+    weights = None if not shape else [options.weights(text) for text in shape]
+    ms = options.positives(m, "--m")
+    where = options.device(device)
     from . import bench, render_bench
 
-    with _progress() as say:
+    with options.progress() as say:
         result = bench.run(where, quick, weights, ms, rounds, say)
     if as_json:
-        _print_json(render_bench.as_json(result))
+        options.print_json(render_bench.as_json(result))
     else:
         render_bench.show(result)
     raise typer.Exit(0 if result.right else 1)
 
 
-def _positive(text: str, option: str) -> int:
-    if not re.fullmatch(r"\s*0*[1-9]\d{0,8}\s*", text):
-        raise typer.BadParameter(f"{text!r} is not a positive whole number", param_hint=option)
-    return int(text)
-
-
-def _weights(text: str) -> tuple[int, int]:
-    n, separator, k = text.partition("x")
-    if not separator:
-        raise typer.BadParameter(f"{text!r}; must be NxK, such as 7168x2048", param_hint="--shape")
-    pair = _positive(n, "--shape"), _positive(k, "--shape")
-    if pair[1] % 16:
-        raise typer.BadParameter(f"K = {pair[1]}; must be a multiple of 16", param_hint="--shape")
-    return pair
-
-
-def _device(text: str | None) -> str | None:
-    if text is None or text == "cpu" or re.fullmatch(r"cuda:\d{1,2}", text):
-        return text
-    if text == "cuda":
-        return "cuda:0"
-    raise typer.BadParameter(f"{text!r}; must be cpu or cuda:N", param_hint="--device")
-
-
-def _print_json(report: dict[str, Any]) -> None:
-    typer.echo(json.dumps(report, indent=2, allow_nan=False))
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done, on stderr: in place on a terminal, else line by line."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield lambda line: print(line, file=sys.stderr, flush=True)
-        return
-    with console.status("") as status:
-        yield status.update
+app.command()(cli_tuner.tune)
+app.command()(cli_tuner.warmup)
+app.command()(cli_tuner.report)
+app.add_typer(cli_tuner.plans, name="plans")
+app.add_typer(cli_tuner.daemon, name="daemon")

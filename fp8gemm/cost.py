@@ -22,29 +22,29 @@ import math
 
 from . import native
 from .device import Device
-from .plan import TILE_K, Plan, compiled_space
+from .plan import K_ASCENDING, TILE_K, Plan, compiled_space
 from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.06  # reads and writes get in each other's way
-L2_BYTES_PER_CYCLE = 46.9  # one SM's share
-L2_CONTENTION = 0.0746  # what streaming costs beside anything else: bytes in flight, and power
-L2_MISS = 0.13  # of a missed byte's own cost
-WGMMA_LATENCY, DEEP_LATENCY = 111.0, 140.0
-PROMOTION = 0.458  # cycles of an FMA, which competes with the tensor core for registers
-BARRIERS = 78.6  # a stage's
-STAGE_ISSUE = 1.47e-07
-TMA_ISSUE = 127.0
-EPILOGUE = 662.0
-DIRECT_EPILOGUE, DIRECT_COLUMN = 718.0, 2.79
-STORE_BYTES_PER_CYCLE = {64: 36.3, 32: 28.2, 16: 16.8}  # by the columns that a TMA store takes at a time
-LAUNCH = 2335  # until the first stage has landed
-LAUNCH_CLUSTER = 3688
-EXCHANGE, EXCHANGE_COLUMN = 2807, 4.91  # of the sums of a split K, its cluster's launch with it
+SHARED_CONFLICT = 1.03  # reads and writes get in each other's way
+L2_BYTES_PER_CYCLE = 51.0  # one SM's share
+L2_CONTENTION = 0.02  # what streaming costs beside anything else: bytes in flight, and power
+L2_MISS = 0.879  # of a missed byte's own cost
+WGMMA_LATENCY, DEEP_LATENCY = 130.0, 204.0
+PROMOTION = 1.08  # cycles of an FMA, which competes with the tensor core for registers
+BARRIERS = 47.2  # a stage's
+STAGE_ISSUE = 27.1
+TMA_ISSUE = 148.0
+EPILOGUE = 771.0
+DIRECT_EPILOGUE, DIRECT_COLUMN = 799.0, 2.88
+STORE_BYTES_PER_CYCLE = {64: 35.8, 32: 33.7, 16: 9.21}  # by the columns that a TMA store takes at a time
+LAUNCH = 1450  # until the first stage has landed
+LAUNCH_CLUSTER = 3697
+EXCHANGE, EXCHANGE_COLUMN = 1710, 9.05  # of the sums of a split K, its cluster's launch with it
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.671
+MEMORY_EFFICIENCY = 0.626
 HIDDEN = 0.02  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
 
@@ -125,8 +125,13 @@ def raster(problem: Problem, plan: Plan) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def default_plan(problem: Problem, device: Device, num_sms: int) -> Plan:
-    """The plan with the least predicted time on `num_sms` of the device's SMs."""
-    candidates = [p._replace(num_sms=num_sms) for p in compiled_space(problem.kind, device) if p.cluster <= num_sms]
+def default_plan(problem: Problem, device: Device, num_sms: int, batch_invariant: bool = False) -> Plan:
+    """The plan with the least predicted time on `num_sms` of the device's SMs; if batch-invariant, of those that sum K
+    in ascending order."""
+    candidates = [
+        plan._replace(num_sms=num_sms)
+        for plan in compiled_space(problem.kind, device)
+        if plan.cluster <= num_sms and (plan.reduction == K_ASCENDING or not batch_invariant)
+    ]
     best = min(candidates, key=lambda plan: predict(problem, plan, device))
     return best._replace(raster=raster(problem, best))

@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import platform
+from pathlib import Path
 from typing import NamedTuple
 
 from . import native
@@ -18,6 +20,11 @@ class Device(NamedTuple):
     shared_bytes: int  # most shared memory of one CTA
     clock_hz: float
     memory_bandwidth: float  # bytes per second; 0 if the driver does not tell
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it stands for this machine's CPU (`backends.cpu_device`): its SMs are cores then."""
+        return self.capability == (0, 0)
 
 
 @functools.cache
@@ -49,6 +56,17 @@ def hopper_devices() -> list[int]:
         return [i for i in range(count.value) if read_device(i).capability == (9, 0)]
     except Fp8GemmError:
         return []
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor, in its maker's words if the system tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def set_num_sms(num_sms: int, device: int = 0) -> None:

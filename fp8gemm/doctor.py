@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import __version__, backends, cache, compiler, device, native
+from .device import cpu_name
 from .dlpack import LEGACY_STREAM, Tensor
 from .errors import BackendUnavailable, DriverError, Fp8GemmError
-from .workbench import cpu_name
 
 TRIAL = (72, 272, 400)  # M, N, K: no multiple of a tile or a scale block
 PATIENCE = 60.0  # seconds that one step may take: a driver or a lock may hang

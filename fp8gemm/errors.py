@@ -11,7 +11,8 @@ Fp8GemmError
 │   └── CompilerNotFound            there is no compiler
 ├── DriverError (RuntimeError)      a CUDA driver call failed
 ├── NotPrepared (RuntimeError)      a call would have to compile, load or allocate where it must not
-└── PlanError (ValueError)          an illegal plan
+├── PlanError (ValueError)          an illegal plan
+└── StoreError (RuntimeError)       the store of plans cannot be read or written; calls go on without it
 """
 
 
@@ -69,3 +70,7 @@ class NotPrepared(Fp8GemmError, RuntimeError):
 
 class PlanError(Fp8GemmError, ValueError):
     """A plan that breaks a rule of `fp8gemm.plan.Plan.violations`."""
+
+
+class StoreError(Fp8GemmError, RuntimeError):
+    """The store of plans cannot be read or written. Only the tuner and the command line raise it."""

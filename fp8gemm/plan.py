@@ -14,6 +14,8 @@ from . import native
 from .device import Device
 from .errors import PlanError
 
+SPACE_VERSION = 1  # of the fields of Plan and their meaning: a stored plan of another version is not read
+K_ASCENDING = "k ascending"  # the reduction that is batch-invariant: a row's bits depend on nothing but the row
 TILE_K = 128  # one scale block, one swizzled row of shared memory
 
 # createpolicy encodings, as the driver's headers' users know them: fractional policies over all of the data.
@@ -63,7 +65,7 @@ class Plan(NamedTuple):
     @property
     def reduction(self) -> str:
         """How K is summed: plans of one reduction give the same bits, so one may replace another between two calls."""
-        return "k ascending" if self.split == 1 else f"{self.split} parts of whole {self.depth * TILE_K}s of k"
+        return K_ASCENDING if self.split == 1 else f"{self.split} parts of whole {self.depth * TILE_K}s of k"
 
     @property
     def threads(self) -> int:
@@ -144,9 +146,15 @@ class Plan(NamedTuple):
         return f"{compiled} sms {self.num_sms} raster {self.raster}"
 
 
-def reference_kernel(kind: int) -> Kernel:
+def reference_kernel(kind: int, output_fp32: bool = False) -> Kernel:
     """The plain FP32 GEMM: the slow path for strides that TMA cannot take, and what plans are checked against."""
-    return Kernel("reference.cu", "fp8gemm_reference", (("KIND", kind),))
+    macros = (("KIND", kind), ("OUTPUT_FP32", 1)) if output_fp32 else (("KIND", kind),)
+    return Kernel("reference.cu", "fp8gemm_reference", macros)
+
+
+def tuner_kernels() -> Kernel:
+    """The tuner's own: filling operands, flushing L2, comparing outputs. One cubin holds them all."""
+    return Kernel("tuner.cu", "fp8gemm_fill_e4m3", ())
 
 
 def cast_kernel(per_block: bool, input_type: int) -> Kernel:

@@ -8,14 +8,21 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from . import backends, compiler, cost, native
-from .backends import CpuPlan, cpu_threads
+from . import backends, compiler, cost, native, store
+from .backends import CpuPlan, cpu_device
 from .device import Device, require_hopper
-from .errors import BackendUnavailable, CompilerNotFound, NotPrepared, OperandError
-from .plan import Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
+from .errors import BackendUnavailable, CompileError, CompilerNotFound, NotPrepared, OperandError
+from .plan import K_ASCENDING, Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
 from .problem import KINDS, Problem
 
 CPU_TILE_M = 256  # native/host/cpu_gemm.cpp
+
+
+_current: dict[bytes, Plan | CpuPlan | None] = {}  # by key: the table in Python's terms
+
+
+def follow() -> None:
+    """Called when the table has entries; `live` puts what follows the store in its place."""
 
 
 class Listed(NamedTuple):
@@ -34,19 +41,19 @@ def bucket(m: int) -> int:
     return int(native.library().bucket(m))
 
 
-def chosen(problem: Problem, device: Device, num_sms: int) -> tuple[Plan, bool]:
-    """The plan that a problem shall get on `num_sms` of the device's SMs, and whether it comes from the store."""
-    return cost.default_plan(problem, device, num_sms), False
+def default_plan(problem: Problem, device: Device, num_sms: int, batch_invariant: bool = False) -> Plan | CpuPlan:
+    """The plan of a problem that nobody has tuned, on `num_sms` of the device's SMs."""
+    if device.is_cpu:
+        return _cpu_default(problem, num_sms)
+    return cost.default_plan(problem, device, num_sms, batch_invariant)
 
 
-def chosen_cpu(problem: Problem) -> tuple[CpuPlan, bool]:
-    """The CPU backend's plan that a problem shall get, and whether it comes from the store."""
-    threads = cpu_threads()
+def _cpu_default(problem: Problem, threads: int) -> CpuPlan:
     rows = -(-problem.m // CPU_TILE_M)
     for tile_n in (256, 128, 64):
         if rows * (problem.n // tile_n) >= 4 * threads:  # enough tiles that none waits long for the last
-            return CpuPlan(threads, tile_n), False
-    return CpuPlan(threads, 32), False
+            return CpuPlan(threads, tile_n)
+    return CpuPlan(threads, 32)
 
 
 def make_key(found: native.Problem, expected_m: int = 0, batch_invariant: bool = False) -> native.Key:
@@ -69,23 +76,48 @@ def planned(key: native.Key, stream: int | None) -> native.Entry:
     return resolve(key, stream)
 
 
+def device_of(key: native.Key) -> Device:
+    """The device of a key. Raises BackendUnavailable if it can run no plan."""
+    return cpu_device() if key.device_type == native.CPU else require_hopper(key.device_id)
+
+
+def stored(key: native.Key, device: Device) -> Plan | CpuPlan | None:
+    """The store's plan for the calls of a key, as far as this process has read it."""
+    if key.reference:
+        return None
+    plan = store.plan(problem_of(key), device, key.num_sms or device.sms)
+    return None if plan and key.batch_invariant and plan.reduction != K_ASCENDING else plan
+
+
 def choose(key: native.Key) -> tuple[Plan | CpuPlan | None, bool]:
     """The plan that the calls of a key shall get (None: the reference kernel) and whether it comes from the store."""
-    if key.device_type == native.CPU:
-        return chosen_cpu(problem_of(key))
-    device = require_hopper(key.device_id)
+    device = device_of(key)
     if key.reference:
         return None, False
-    return chosen(problem_of(key), device, key.num_sms or device.sms)
+    if plan := stored(key, device):
+        return plan, True
+    num_sms, invariant = key.num_sms or device.sms, bool(key.batch_invariant)
+    return default_plan(problem_of(key), device, num_sms, invariant), False
 
 
 def resolve(key: native.Key, stream: int | None = None) -> native.Entry:
     """Chooses a plan for the calls of a key, loads its kernel and puts both into the table.
 
-    Raises what loading raises (see `backends.loaded`); the table is then as it was.
+    A plan of the store that does not compile here gives way to the default. Raises what loading raises (see
+    `backends.loaded`); the table is then as it was.
     """
+    plan, from_store = choose(key)
     try:
-        return publish(key, *choose(key), stream)
+        try:
+            entry = publish(key, plan, from_store, stream)
+        except CompileError:
+            if not from_store:
+                raise
+            device = device_of(key)
+            plan = default_plan(problem_of(key), device, key.num_sms or device.sms, bool(key.batch_invariant))
+            entry = publish(key, plan, False, stream)
+        native.library().find(ctypes.byref(key))  # counts this call too
+        return entry
     except NotPrepared as error:
         raise NotPrepared(f"{_words(key)} on cuda:{key.device_id}: {error}") from None
 
@@ -101,6 +133,21 @@ def publish(
 
     Calls that run meanwhile use what was there before. `stream` and `may_build` are for `backends.loaded`.
     """
+    entry = entry_of(key, plan, from_store, stream, may_build)
+    native.library().put(ctypes.byref(entry))
+    _current[bytes(key)] = plan
+    follow()
+    return entry
+
+
+def entry_of(
+    key: native.Key,
+    plan: Plan | CpuPlan | None,
+    from_store: bool = False,
+    stream: int | None = None,
+    may_build: bool | None = None,
+) -> native.Entry:
+    """What the table would hold, which `backends.run` takes, with the plan's kernel loaded."""
     entry = native.Entry(key=key, from_store=from_store)
     if isinstance(plan, CpuPlan):
         entry.cpu_plan = native.CpuPlan(*plan)
@@ -108,8 +155,12 @@ def publish(
         shared_bytes = plan.shared_bytes if plan else 0
         entry.kernel = backends.loaded(key.device_id, _kernel(key, plan), stream, shared_bytes, may_build).value
         entry.plan = plan.native() if plan else native.Plan()
-    native.library().put(ctypes.byref(entry))
     return entry
+
+
+def current(key: native.Key) -> Plan | CpuPlan | None:
+    """The plan in the table; None if there is none, or for the reference kernel."""
+    return _current.get(bytes(key))
 
 
 def _kernel(key: native.Key, plan: Plan | None) -> Kernel:
@@ -136,6 +187,7 @@ def listing() -> list[Listed]:
 def forget() -> None:
     """Empties the table: the next call of each problem is a miss, and chooses anew."""
     native.library().forget_plans()
+    _current.clear()
 
 
 # ---- ahead of all calls
@@ -183,7 +235,7 @@ def prepare(shapes: Shapes | Iterable[Shapes], *, device: int = 0, batch_invaria
     others = [*casts, copy_kernel()]
     kernels = {_kernel(key, plan) for key, plan, _ in chosen if not isinstance(plan, CpuPlan)}.union(others)
     try:
-        with ThreadPoolExecutor(cpu_threads()) as pool:
+        with ThreadPoolExecutor(backends.cpu_threads()) as pool:
             list(pool.map(compiler.cubin, kernels))
     except CompilerNotFound as error:
         raise BackendUnavailable(f"cuda:{device}: {error}") from error

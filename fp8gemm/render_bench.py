@@ -11,11 +11,12 @@ from rich.text import Text
 
 from . import __version__
 from .bench import Build, Case, Result
-from .peers import DESCRIPTIONS
+from .peers import DEFAULT, DESCRIPTIONS
 from .render import COLOURS, console, digits, duration, json_ready, size
 from .workbench import CPU_ROWS
 
 TITLES = {
+    DEFAULT: "default plan",
     "numpy": "NumPy",
     "numpy_f32": "NumPy f32",
     "cublaslt_block": "cuBLASLt block",

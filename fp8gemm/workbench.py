@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 from . import accuracy
 from .accuracy import BLOCK, POISON, Check
 from .backends import cpu_threads
-from .device import require_hopper
+from .device import cpu_name, require_hopper
 from .errors import BackendUnavailable
 from .gemm import Matrix
 from .layout import ceil_div, get_tma_aligned_size
@@ -107,16 +106,6 @@ def busy_share(seconds: float = 0.3) -> float:
     except (OSError, ValueError):
         return 0.0
     return 1 - (idle_after - idle) / max(total_after - total, 1)
-
-
-def cpu_name() -> str:
-    """The processor, in its maker's words if the system tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 class NumpyBench:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from references import SEED, fresh_rng
 from stub import build as build_stubs
 
-from fp8gemm import device, native
+from fp8gemm import device, native, planner
 
 settings.register_profile(
     "fp8gemm",
@@ -34,11 +34,12 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the user's own cache, nor hears of their settings."""
+    """No test reads or writes the user's own cache, nor hears of their settings; none has a thread in its back."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("FP8GEMM_")]:
             patch.delenv(name)
         patch.setenv("FP8GEMM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(planner, "follow", lambda: None)
         yield
 
 

@@ -118,7 +118,8 @@ def test_a_dense_launch() -> None:
     (a, sa), (b, sb), d = call.lhs, call.rhs, call.d
     assert call.public() is d  # a miss
     (found,) = launched(lambda: call.without_python())
-    plan, _ = planner.chosen(Problem(native.DENSE, 1024, 4224, 1040), read_device(0), 132)
+    plan = planner.default_plan(Problem(native.DENSE, 1024, 4224, 1040), read_device(0), 132)
+    assert isinstance(plan, Plan)
     assert found["kernel"] == "fp8gemm_gemm"
     assert found["grid"] == [132 // plan.cluster * plan.cluster, 1, 1]
     assert plan.depth == 1

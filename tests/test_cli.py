@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,27 @@ def test_no_arguments_show_help() -> None:
     assert all(name in result.stdout for name in ("doctor", "bench", "--version", "Exit codes"))
 
 
+def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command, those of groups too, with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            assert command.help
+            yield from commands(command, *names, name)
+        else:
+            yield (*names, name), command
+
+
 def test_every_command_and_option_is_documented() -> None:
-    commands: Any = typer.main.get_command(app)
-    assert {"doctor", "bench"} <= set(commands.commands)
-    for name, command in commands.commands.items():
+    found = dict(commands(typer.main.get_command(app)))
+    assert {("doctor",), ("bench",), ("tune",), ("report",), ("warmup",), ("plans", "list"), ("daemon", "run")} <= set(
+        found
+    )
+    for name, command in found.items():
         assert len(command.help.split()) > 5, name
         assert "Exit code" in command.help, name
         assert any("--json" in option.opts for option in command.params), name
         assert all(option.help for option in command.params), name
-        assert call(name, "--help").exit_code == 0
+        assert call(*name, "--help").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,17 @@ def test_every_command_and_option_is_documented() -> None:
         ("bench", "--shape", "128x"),
         ("bench", "--shape", "128x100"),
         ("bench", "--rounds", "0"),
+        ("tune",),
+        ("tune", "--m", "1", "--n", "64"),
+        ("tune", "--n", "64", "--k", "128"),
+        ("tune", "--m", "1", "--n", "64", "--k", "100"),
+        ("tune", "--m", "1", "--n", "64", "--k", "128", "--kind", "sparse"),
+        ("tune", "--preset", "gpt-2", "--device", "cpu"),
+        ("tune", "--m", "1", "--n", "64", "--k", "128", "--device", "cpu", "--num-sms", "9999"),
+        ("warmup", "--device", "cpu"),
+        ("warmup", "--preset", "gpt-2"),
+        ("plans", "import", "/nowhere"),
+        ("daemon", "run", "--duty", "2"),
     ],
 )
 def test_wrong_options(arguments: tuple[str, ...]) -> None:
@@ -436,3 +459,26 @@ def test_units() -> None:
     assert [duration(x) for x in (4.126e-6, 0.0123, 0.9999, 12.3)] == ["4.13 us", "12.3 ms", "1.00 s", "12.3 s"]
     assert [digits(x) for x in (0.0812, 1.0, 45.67, 1234.6)] == ["0.08", "1.00", "45.7", "1235"]
     assert [size(x) for x in (12, 232448, 3 << 20, 141 << 30)] == ["12 bytes", "227 KiB", "3 MiB", "141 GiB"]
+
+
+@pytest.mark.usefixtures("no_builds")
+def test_bench_times_the_default_beside_a_tuned_plan() -> None:
+    """Only where the store has another plan than the cost model's; the plan that is shown is the one that runs."""
+    from fp8gemm import backends, planner, store
+    from fp8gemm.problem import Problem
+    from fp8gemm.tuner.writer import Stamp, Winner, Writer
+
+    cpu = backends.cpu_device()
+    tuned = backends.CpuPlan(1, 48)
+    with Writer() as writer:
+        task = store.Task(Problem(native.DENSE, 80, 200, 144), cpu.name, cpu.sms, cpu.sms)
+        writer.publish(task, store.space(cpu), Winner(tuned, 1e-3, 0.0, tuned, 1e-3), Stamp("", "", ""))
+    planner.forget()
+    store.mirror().refresh()
+    code, report = call_json(*TINY)
+    cases = {(c["m"], c["n"]): c for c in report["cases"]}
+    assert code == 0
+    assert [key for key, c in cases.items() if "default" in c["peers"]] == [(70, 200)]
+    assert cases[70, 200]["plan"] == str(tuned)
+    assert report["peers"]["default"]
+    planner.forget()

@@ -20,6 +20,7 @@ from fp8gemm import (
     NotPrepared,
     OperandError,
     backends,
+    cache,
     compiler,
     cost,
     device,
@@ -53,11 +54,11 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Plan], None]]:
     """Makes every call take the given plan, where it takes any."""
 
     def force(forced: Plan) -> None:
-        def chosen(p: Problem, device: device.Device, num_sms: int) -> tuple[Plan, bool]:
-            return forced._replace(raster=cost.raster(p, forced)), False
+        def default_plan(p: Problem, device: device.Device, num_sms: int) -> Plan:
+            return forced._replace(raster=cost.raster(p, forced))
 
         planner.forget()
-        monkeypatch.setattr(planner, "chosen", chosen)
+        monkeypatch.setattr(planner, "default_plan", default_plan)
 
     yield force
     planner.forget()
@@ -649,3 +650,78 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     root = Path(fp8gemm.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], timeout=120, cwd=root).returncode == 0
+
+
+# ---- the tuner, which needs no framework ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", range(4), ids=KINDS)
+def test_a_tune_is_right_and_no_slower(
+    hopper: int, kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: Any, tools: Tools
+) -> None:
+    """The winner is stored, is used by the next call, and that call's result is right."""
+    from fp8gemm import store
+    from fp8gemm.tuner import presets, tune
+    from fp8gemm.tuner.gpu import GpuTarget
+    from fp8gemm.tuner.writer import Writer
+
+    cubins = cache.directory() / "cubins"
+    cubins.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cubins").symlink_to(cubins)  # what other tests compiled
+    monkeypatch.setenv("FP8GEMM_CACHE_DIR", str(tmp_path))
+    target = GpuTarget(hopper)
+    groups = 4 if kind else 1
+    problem = presets.problem(kind, 512, 2112, 7168, groups, 128 if kind == native.MASKED else 0)
+    (task,) = presets.tasks([problem], target.device)
+    with Writer() as writer:
+        (outcome,) = tune.run(target, writer, [task])
+    target.close()
+    winner = outcome.winner
+    assert winner is not None, outcome.reason
+    assert winner.default_seconds is not None
+    assert winner.seconds <= winner.default_seconds + 2 * winner.spread
+    rows = store.rows("measurements")
+    assert len(rows) > 20
+    assert {row["verdict"] for row in rows} == {"right"}, {row["verdict"] for row in rows}
+    errors = [row["error"] for row in rows]
+    assert all(0.99 < error < 1.02 for error in errors), errors
+    assert store.plan(task.problem, target.device, target.device.sms) == winner.plan
+    if kind == native.DENSE:
+        planner.forget()
+        found = native.Problem(kind, native.CUDA, hopper, 512, 2112, 7168, 1, 1, 1, 1)
+        assert planner.choose(planner.make_key(found)) == (winner.plan, True)
+        tools.dense(512, 2112, 7168)
+        planner.forget()
+
+
+def test_the_tuners_rig_sees_a_wrong_result(hopper: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element, one element outside, half the precision."""
+    from fp8gemm.tuner import presets, space
+    from fp8gemm.tuner.gpu import GpuRig, GpuTarget
+
+    target = GpuTarget(hopper)
+    (task,) = presets.tasks([presets.problem(native.MASKED, 256, 576, 1024, 4, 64)], target.device)
+    rig = GpuRig(target, task)
+    plan = space.default(task, target.device)
+    assert 0.99 < rig.error(plan) < 1.02
+    original = rig._launch
+    d, n = rig._operands.d.data, task.problem.n
+    last = 255 * n * 2  # of the first group, which has fewer rows
+
+    def spoil(offset: int) -> None:
+        def launch(plan: Any) -> None:
+            original(plan)
+            target.gpu.fill(d + offset, 0x4180, 1, 2)
+
+        monkeypatch.setattr(rig, "_launch", launch)
+
+    spoil(0)
+    assert not rig.error(plan) <= 1.05
+    spoil(last)
+    assert not rig.error(plan) <= 1.05
+    monkeypatch.setattr(rig, "_launch", lambda plan: None)  # nothing is written
+    assert not rig.error(plan) <= 1.05
+    monkeypatch.undo()
+    assert 0.99 < rig.error(plan) < 1.02
+    rig.close()
+    target.close()

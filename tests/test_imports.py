@@ -25,7 +25,9 @@ LAYERS = [
     ["cost", "cache"],
     ["compiler"],
     ["backends"],
+    ["store"],
     ["planner"],
+    ["live"],
     ["layout"],
     ["gemm", "quantize"],
     ["__init__"],
@@ -81,6 +83,35 @@ def test_commands_do_not_import_in_circles() -> None:
     while ready := {name for name, others in needs.items() if not others}:
         needs = {name: others - ready for name, others in needs.items() if name not in ready}
     assert not needs, f"a circle among {sorted(needs)}"
+
+
+# The tuner's own order; it imports the library and, for what is shown, the command line's modules, never the other way.
+TUNER = [
+    ["__init__"],
+    ["writer", "presets", "space", "measure", "operands", "build"],
+    ["target", "cpu", "gpu"],
+    ["sweep"],
+    ["tune", "daemon", "warmup", "report"],
+    ["report_html"],
+]
+TUNER_MODULES = sorted((ROOT / "tuner").glob("*.py"))
+
+
+def test_the_tuner_imports_one_way() -> None:
+    layers = {name: i for i, layer in enumerate(TUNER) for name in layer}
+    assert set(layers) == {path.stem for path in TUNER_MODULES}
+    for path in TUNER_MODULES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                    in_function = node.col_offset > 0  # target opens what implements it
+                    assert in_function or layers[name] <= layers[path.stem], f"{path.stem} imports {name}"
+            assert not isinstance(node, ast.Assert), f"{path.name}: assert is for tests"
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_knows_no_tuner(name: str) -> None:
+    assert not {module for origin, module in imports(parsed(PACKAGE / f"{name}.py")) if module == "tuner"}
 
 
 @each_module

@@ -210,12 +210,11 @@ def test_planner(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=100)
 @given(st.integers(0, 10000), st.integers(1, 100000), st.integers(1, 128))
 def test_cpu_plan(m: int, n: int, threads: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "cpu_threads", lambda: threads)
-        picked, _ = planner.chosen_cpu(Problem(native.DENSE, m, n, 128))
+    cpu = Device("a CPU", (0, 0), threads, 0, 0, 0.0, 0.0)
+    picked = planner.default_plan(Problem(native.DENSE, m, n, 128), cpu, threads)
+    assert isinstance(picked, backends.CpuPlan)
     assert picked.threads == threads
-    assert 16 <= picked.tile_n <= 256
-    assert picked.tile_n % 16 == 0
+    assert not list(picked.violations(native.DENSE, cpu))
 
 
 def test_cpu_threads() -> None:

@@ -192,16 +192,16 @@ def test_many_problems() -> None:
 def test_a_miss_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
 
-    def chosen_cpu(problem: Problem) -> tuple[CpuPlan, bool]:
+    def default_plan(problem: Problem, device: object, num_sms: int) -> CpuPlan:
         asked.append(problem)
-        return CpuPlan(1, 32), True
+        return CpuPlan(1, 32)
 
-    monkeypatch.setattr(planner, "chosen_cpu", chosen_cpu)
+    monkeypatch.setattr(planner, "default_plan", default_plan)
     wanted = planner.make_key(found(native.RAGGED, CPU, 100, 3), 20)
     for _ in range(3):
         assert planner.planned(wanted, None).cpu_plan.tile_n == 32
     assert [tuple(problem) for problem in asked] == [(native.RAGGED, 112, 512, 1024, 3, 32, False)]
     (listed,) = planner.listing()
-    assert (fields(listed.key), listed.from_store, listed.calls) == (fields(wanted), True, 2)
+    assert (fields(listed.key), listed.from_store, listed.calls) == (fields(wanted), False, 3)
     planner.publish(wanted, CpuPlan(1, 64), True)
     assert planner.planned(wanted, None).cpu_plan.tile_n == 64

@@ -9,6 +9,9 @@
 #ifndef KIND
 #define KIND 0
 #endif
+#ifndef OUTPUT_FP32                              // 1: D is FP32, for the tuner, which asks what rounding to bf16 costs
+#define OUTPUT_FP32 0
+#endif
 
 namespace fp8gemm {
 
@@ -67,12 +70,15 @@ extern "C" __global__ void __launch_bounds__(kThreads) fp8gemm_reference(const _
             for (int j = 0; j < 4; ++j) sum[i][j] += scale * partial[i][j];
         }
     }
-    u16* d = p.d_data + group_a * p.d_group + (start + m0) * p.d_row + n0;
+    const long long d0 = group_a * p.d_group + (start + m0) * p.d_row + n0;
     for (int i = 0; i < 4; ++i) {
         if (m0 + row + i >= rows) return;
         if (KIND == kContiguous && p.layout[m0 + row + i] != group) continue;
-        for (int j = 0; j < 4; ++j)
-            if (n0 + column + j < p.n) d[(row + i) * p.d_row + column + j] = static_cast<u16>(pack_bf16(sum[i][j], 0));
+        for (int j = 0; j < 4 && n0 + column + j < p.n; ++j) {
+            const long long at = d0 + (row + i) * p.d_row + column + j;
+            if (OUTPUT_FP32) reinterpret_cast<float*>(p.d_data)[at] = sum[i][j];
+            else p.d_data[at] = static_cast<u16>(pack_bf16(sum[i][j], 0));
+        }
     }
 }
 

@@ -1,0 +1,523 @@
+"""The sweep: which plans, how they race, that wrong ones never win, what is published."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references import H100, HOPPERS, WEIGHTS
+
+from fp8gemm import BackendUnavailable, OperandError, backends, native, planner, store
+from fp8gemm.backends import CpuPlan
+from fp8gemm.device import Device
+from fp8gemm.errors import DriverError
+from fp8gemm.plan import Plan, compiled_space
+from fp8gemm.problem import Problem
+from fp8gemm.store import AnyPlan, Task
+from fp8gemm.tuner import cpu, measure, operands, presets, space, tune
+from fp8gemm.tuner.gpu import judge
+from fp8gemm.tuner.measure import Race, Rig
+from fp8gemm.tuner.sweep import Outcome, Sweep
+from fp8gemm.tuner.target import CpuTarget, open_target
+from fp8gemm.tuner.writer import Stamp, Writer
+
+CPU = Device("a CPU", (0, 0), 8, 0, 0, 0.0, 0.0)
+PROBLEM = Problem(native.DENSE, 64, 512, 512)
+TASK = Task(PROBLEM, CPU.name, CPU.sms, CPU.sms)
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FP8GEMM_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+class FakeRig:
+    """Times by a formula with noise; `errors`: plans that are wrong, `failing`: plans that cannot run."""
+
+    def __init__(self, seconds: Callable[[AnyPlan], float], noise: float = 0.01, seed: int = 0) -> None:
+        self.seconds, self.noise, self.random = seconds, noise, random.Random(seed)
+        self.errors: dict[AnyPlan, float] = {}
+        self.failing: set[AnyPlan] = set()
+        self.disturbed: Iterator[bool] = itertools.repeat(False)
+        self.timed: list[AnyPlan] = []
+        self.closed = False
+
+    def error(self, plan: AnyPlan) -> float:
+        if plan in self.failing:
+            raise DriverError("too many resources requested")
+        return self.errors.get(plan, 1.0)
+
+    def times(self, plans: Sequence[AnyPlan], rounds: int) -> list[list[float]]:
+        self.timed += plans
+        if next(self.disturbed):
+            return [[] for _ in plans]
+        spread = 1 + self.noise
+        return [[self.seconds(p) * self.random.uniform(1 / spread, spread) for _ in range(rounds)] for p in plans]
+
+    def clock_hz(self) -> float | None:
+        return 1.5e9
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeTarget(CpuTarget):
+    """A CPU of 8 cores with a rig of the test's choice; `unbuildable`: plans that do not compile."""
+
+    def __init__(self, rig: FakeRig, device: Device = CPU) -> None:
+        self.device, self.stamp, self.fake = device, Stamp("c", "d", "s"), rig
+        self.unbuildable: dict[AnyPlan, str] = {}
+
+    def rig(self, task: Task) -> Rig:
+        return self.fake
+
+    def build(self, plans: Sequence[AnyPlan], *_: Any) -> dict[AnyPlan, str]:
+        return {plan: why for plan, why in self.unbuildable.items() if plan in plans}
+
+
+def sweep(rig: FakeRig, task: Task = TASK, device: Device = CPU, **options: Any) -> Outcome:
+    with Writer() as writer:
+        return Sweep(FakeTarget(rig, device), writer, task, lambda: False, lambda _: None, **options).run()
+
+
+def by_columns(best: int) -> Callable[[AnyPlan], float]:
+    """The nearer tile_n is to `best`, and the more threads, the faster: 20% a step."""
+    return lambda p: 1e-3 * (1 + 0.2 * abs(space.CPU_TILE_NS.index(p.tile_n) - best)) * (8 / p.num_sms) ** 0.5
+
+
+# ---- the space ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", HOPPERS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("kind", range(4))
+def test_what_a_sweep_tries_is_legal(gpu: Device, kind: int) -> None:
+    for m, (n, k), limit in itertools.product((16, 256, 4096), WEIGHTS[:3], (gpu.sms, gpu.sms // 2 + 1, 2)):
+        task = Task(Problem(kind, m, n, k, 4 if kind else 1, 16 if kind == 3 else 0), gpu.name, gpu.sms, limit)
+        first = space.kernels(task, gpu)
+        assert first[0] == planner.default_plan(task.problem, gpu, limit)
+        assert 1 < len(first) <= space.MOST
+        assert len(set(first)) == len(first)
+        guesses = [space.predicted(plan, task, gpu) or 0 for plan in first]
+        assert guesses == sorted(guesses)
+        later = [plan for best in first[:2] for more in (space.launches, space.fewer_sms) for plan in more(best, task)]
+        for plan in [*first, *later]:
+            assert not list(plan.violations(kind, gpu))
+            assert plan.num_sms <= limit
+        kernels = {plan.kernel(kind) for plan in first if isinstance(plan, Plan)}
+        assert {plan.kernel(kind) for plan in later if isinstance(plan, Plan)} <= kernels, "compiles in a later stage"
+
+
+def test_the_whole_space() -> None:
+    task = Task(Problem(0, 64, 2112, 7168), H100.name, H100.sms, H100.sms)
+    whole = space.kernels(task, H100, None)
+    tried = {plan.kernel(0) for plan in whole if isinstance(plan, Plan)}
+    assert tried == {plan.kernel(0) for plan in compiled_space(0, H100)}
+
+
+# ---- the race -------------------------------------------------------------------------------------------------------
+
+
+def race(
+    rig: FakeRig, plans: Sequence[AnyPlan], keep: Sequence[AnyPlan] = (), **options: Any
+) -> tuple[Any, list[AnyPlan]]:
+    dropped: list[AnyPlan] = []
+    found = Race(rig, plans, keep, lambda: False, lambda plan, _: dropped.append(plan), **options).run()
+    return found, dropped
+
+
+PLANS: list[AnyPlan] = [CpuPlan(8, tile_n) for tile_n in space.CPU_TILE_NS]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.floats(0, 0.05), st.integers(0, 5))
+def test_the_fastest_wins_in_spite_of_noise(seed: int, noise: float, best: int) -> None:
+    found, dropped = race(FakeRig(by_columns(best), noise, seed), PLANS)
+    winner, timing = next(iter(found.items()))
+    assert winner == PLANS[best]
+    assert timing.seconds == pytest.approx(1e-3, rel=noise + 1e-9)
+    assert set(dropped) | set(found) == set(PLANS)
+    assert len(dropped) >= 2
+
+
+def test_losers_leave_early_and_equals_do_not() -> None:
+    rig = FakeRig(lambda p: 1e-3 if p.tile_n < 64 else 2e-3)
+    found, dropped = race(rig, PLANS)
+    assert sorted(dropped) == sorted(PLANS[2:])
+    assert [rig.timed.count(plan) for plan in dropped] == [1] * len(dropped)
+    assert {timing.rounds for timing in found.values()} == {measure.MOST_ROUNDS}, "nobody leads: measured to the end"
+
+
+def test_a_clear_lead_ends_the_race() -> None:
+    found, _ = race(FakeRig(by_columns(0)), PLANS, keep=[PLANS[5]])
+    assert list(found) == [PLANS[0], PLANS[5]]
+    assert {timing.rounds for timing in found.values()} == {2 * measure.FIRST_ROUNDS}
+
+
+def test_a_bad_start_is_forgiven() -> None:
+    """Somebody used the machine in the first rounds of the best plan."""
+    calls = itertools.count()
+    rig = FakeRig(lambda p: 3e-3 if p == PLANS[0] and next(calls) < 4 else by_columns(0)(p), noise=0.001)
+    found, _ = race(rig, PLANS)
+    assert next(iter(found)) == PLANS[0]
+
+
+def test_everybody_takes_turns() -> None:
+    rig = FakeRig(lambda p: 1e-3)
+    race(rig, PLANS)
+    first = {rig.timed[i] for i in range(0, len(rig.timed), len(PLANS))}
+    assert first == set(PLANS), "another one begins each burst"
+
+
+def test_disturbed_rounds_do_not_count() -> None:
+    rig = FakeRig(by_columns(2))
+    rig.disturbed = itertools.cycle([True, True, False])
+    rests: list[tuple[float, bool]] = []
+    found, _ = race(rig, PLANS, rest=lambda seconds, disturbed: rests.append((seconds, disturbed)))
+    assert next(iter(found)) == PLANS[2]
+    assert [disturbed for _, disturbed in rests[:6]] == [True, True, False] * 2
+    assert all(seconds >= 0 for seconds, _ in rests)
+    rig.disturbed = itertools.repeat(True)
+    assert race(rig, PLANS)[0] == {}, "it gives up"
+
+
+def test_a_stopped_race_has_no_result() -> None:
+    stopped = Race(FakeRig(by_columns(0)), PLANS, (), lambda: True, lambda *_: None)
+    assert stopped.run() == {}
+
+
+@given(st.lists(st.floats(1e-6, 1e-3), min_size=1, max_size=50))
+def test_summaries(samples: list[float]) -> None:
+    found = measure.summarise(samples)
+    assert found.seconds == pytest.approx(np.median(samples))
+    assert (found.rounds, found.fastest) == (len(samples), min(samples))
+    assert found.spread >= 0
+
+
+def test_the_spread_is_the_medians_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(1.0, 0.01, (4000, 31))
+    claimed = np.mean([measure.summarise(list(row)).spread for row in draws])
+    assert claimed == pytest.approx(np.std(np.median(draws, axis=1)), rel=0.1)
+
+
+# ---- the sweep ------------------------------------------------------------------------------------------------------
+
+
+def measured() -> list[dict[str, Any]]:
+    return store.rows("measurements", "ORDER BY id")
+
+
+def test_a_sweep_publishes_the_best() -> None:
+    outcome = sweep(FakeRig(by_columns(3)))
+    assert outcome.winner is not None
+    assert outcome.winner.plan == CpuPlan(8, 128)
+    assert outcome.winner.default_plan == planner.default_plan(PROBLEM, CPU, 8)
+    assert outcome.winner.default_seconds is not None
+    assert outcome.winner.default_seconds > 1.1 * outcome.winner.seconds
+    assert store.Mirror(store.path()).plan(PROBLEM, CPU, 8) == outcome.winner.plan
+    (row,) = store.rows("winners")
+    assert (row["compiler"], row["driver"], row["sources"], row["space"]) == ("c", "d", "s", "cpu 1")
+    rows = measured()
+    assert len(rows) == outcome.measured == len({row["plan"] for row in rows})
+    assert {row["verdict"] for row in rows} == {"right"}
+    assert sum(row["is_default"] for row in rows) == 1
+    assert {row["clock_hz"] for row in rows} == {1.5e9}
+    assert len({row["sweep"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("error", [1.06, math.inf, math.nan, 5.0])
+def test_a_wrong_plan_never_wins(error: float) -> None:
+    rig = FakeRig(by_columns(3))
+    rig.errors[CpuPlan(8, 128)] = error
+    outcome = sweep(rig)
+    assert outcome.winner is not None
+    assert outcome.winner.plan in (CpuPlan(8, 64), CpuPlan(8, 192))
+    assert CpuPlan(8, 128) not in rig.timed
+    (row,) = [row for row in measured() if row["verdict"] == "wrong"]
+    assert row["plan"] == store.plan_json(CpuPlan(8, 128))
+    assert row["seconds"] is None
+    assert row["error"] == (error if error < 10 else None)
+
+
+def test_a_plan_that_cannot_be_built_or_run_is_recorded() -> None:
+    rig = FakeRig(by_columns(3))
+    rig.failing = {CpuPlan(8, 128)}
+    target = FakeTarget(rig)
+    target.unbuildable = {CpuPlan(8, 192): "registers spill"}
+    with Writer() as writer:
+        outcome = Sweep(target, writer, TASK, lambda: False, lambda _: None).run()
+    assert outcome.winner is not None
+    assert outcome.winner.plan == CpuPlan(8, 64)
+    verdicts = {row["plan"]: row["verdict"] for row in measured() if row["verdict"] != "right"}
+    assert verdicts == {
+        store.plan_json(CpuPlan(8, 128)): "failed: too many resources requested",
+        store.plan_json(CpuPlan(8, 192)): "registers spill",
+    }
+
+
+def test_nothing_right_publishes_nothing() -> None:
+    rig = FakeRig(by_columns(3))
+    rig.errors = dict.fromkeys([*PLANS, *space.kernels(TASK, CPU)], 2.0)
+    outcome = sweep(rig)
+    assert outcome.winner is None
+    assert outcome.failed
+    assert store.rows("winners") == []
+    assert rig.closed
+
+
+def test_a_winner_that_turns_wrong_is_not_published() -> None:
+    """Each plan is checked before it is timed, the winner again afterwards."""
+    rig = FakeRig(by_columns(3))
+    seen: set[AnyPlan] = set()
+
+    def error(plan: AnyPlan) -> float:
+        again = plan in seen
+        seen.add(plan)
+        return 9.0 if again else 1.0
+
+    rig.error = error  # type: ignore[method-assign]
+    outcome = sweep(rig)
+    assert outcome.winner is None
+    assert "wrong now" in str(outcome.reason)
+    assert store.rows("winners") == []
+
+
+def test_a_stored_winner_is_replaced_only_by_a_clear_lead() -> None:
+    assert sweep(FakeRig(by_columns(3))).winner is not None
+
+    def nearly(p: AnyPlan) -> float:
+        return 0.99999e-3 if p == CpuPlan(8, 64) else by_columns(3)(p)
+
+    again = sweep(FakeRig(nearly, noise=0.02))
+    kept = again.winner
+    assert kept is not None
+    assert kept.plan == CpuPlan(8, 128)
+    assert again.stored_seconds == kept.seconds
+    assert again.best_seconds is not None
+    assert again.best_seconds <= kept.seconds
+    replaced = sweep(FakeRig(by_columns(1), noise=0.02)).winner
+    assert replaced is not None
+    assert replaced.plan == CpuPlan(8, 32)
+    assert len({row["sweep"] for row in measured()}) == 3
+
+
+def test_fewer_sms_at_little_cost_are_recorded() -> None:
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, CpuPlan)
+        return by_columns(3)(p._replace(threads=8)) * (1.004 if p.num_sms in (6, 7) else 1 if p.num_sms == 8 else 1.5)
+
+    outcome = sweep(FakeRig(seconds, noise=0.001))
+    assert outcome.winner is not None
+    assert (outcome.winner.plan, outcome.winner.frugal_plan) == (CpuPlan(8, 128), CpuPlan(6, 128))
+    assert store.rows("winners")[0]["frugal_plan"] == store.plan_json(CpuPlan(6, 128))
+
+
+def test_each_limit_has_its_own_winner() -> None:
+    for task in presets.tasks([PROBLEM], CPU, [8, 3]):
+        sweep(FakeRig(by_columns(3 if task.num_sms == 8 else 1)), task)
+    mirror = store.Mirror(store.path())
+    assert mirror.plan(PROBLEM, CPU, 8) == CpuPlan(8, 128)
+    assert mirror.plan(PROBLEM, CPU, 3) == CpuPlan(3, 32)
+    with pytest.raises(OperandError, match=r"num_sms.*9"):
+        presets.tasks([PROBLEM], CPU, [9])
+
+
+def test_a_sweep_of_a_gpu_plans_stages() -> None:
+    """With made-up times: the best kernel, launch and number of SMs are found, one stage after another."""
+    task = Task(Problem(0, 4096, 2112, 7168), H100.name, H100.sms, H100.sms)
+    first = space.kernels(task, H100)
+    best = first[min(7, len(first) - 1)]
+    assert isinstance(best, Plan)
+    wanted = best._replace(b_policy="evict_first", num_sms=132 - 16)
+
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, Plan)
+        return 1e-4 * (2 - 0.3 * sum((p.kernel(0) == best.kernel(0), p.b_policy == wanted.b_policy, p.num_sms == 116)))
+
+    outcome = sweep(FakeRig(seconds, noise=0.002), task, H100)
+    assert outcome.winner is not None
+    assert isinstance(outcome.winner.plan, Plan)
+    assert outcome.winner.plan._replace(raster=best.raster) == wanted
+    predictions = [row["predicted"] for row in measured()]
+    assert all(p > 0 for p in predictions)
+
+
+def test_a_sweep_that_is_stopped_keeps_what_it_finished() -> None:
+    rig = FakeRig(by_columns(3))
+    stop = itertools.count()
+    with Writer() as writer:
+        outcome = Sweep(FakeTarget(rig), writer, TASK, lambda: next(stop) > 10, lambda _: None).run()
+    assert not outcome.failed or outcome.winner
+    assert len(measured()) == outcome.measured
+
+
+# ---- many problems --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_tells_its_progress_and_keeps_to_its_budget() -> None:
+    target = FakeTarget(FakeRig(by_columns(3)))
+    shown: list[tune.Progress] = []
+    tasks = presets.tasks([PROBLEM._replace(m=m) for m in (16, 32, 48)], CPU)
+    with Writer() as writer:
+        outcomes = list(tune.run(target, writer, tasks, show=shown.append))
+        assert [outcome.task for outcome in outcomes] == tasks
+        assert {progress.done for progress in shown} == {0, 1, 2}
+        assert shown[0].left is None
+        assert shown[-1].left is not None
+        assert any("best" in progress.doing for progress in shown)
+        assert store.rows("leases") == []
+        assert list(tune.run(target, writer, tasks, budget=0.0)) == []
+
+
+def test_one_bad_problem_does_not_end_a_run() -> None:
+    target = FakeTarget(FakeRig(by_columns(3)))
+    original = target.rig
+
+    def rig(task: Task) -> Rig:
+        if task.problem.m == 16:
+            raise BackendUnavailable("no room")
+        return original(task)
+
+    target.rig = rig  # type: ignore[method-assign]
+    tasks = presets.tasks([PROBLEM._replace(m=m) for m in (16, 32)], CPU)
+    with Writer() as writer:
+        bad, good = tune.run(target, writer, tasks)
+    assert (bad.reason, bad.failed, good.failed) == ("no room", True, False)
+
+
+def test_a_device_that_is_lost_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = FakeTarget(FakeRig(by_columns(3)))
+    target.fake.errors = dict.fromkeys([*PLANS, *space.kernels(TASK, CPU)], 2.0)
+
+    def lost() -> None:
+        raise DriverError("an illegal address")
+
+    monkeypatch.setattr(target, "check", lost)
+    with Writer() as writer:
+        run = tune.run(target, writer, [TASK, TASK])
+        assert next(run).failed
+        with pytest.raises(DriverError):
+            next(run)
+    assert store.rows("leases") == []
+
+
+def test_presets() -> None:
+    for name in presets.presets():
+        problems = presets.preset(name)
+        assert 4 <= len(problems) <= 100
+        for problem in problems:
+            assert problem.k % 128 == 0
+            assert problem.m == planner.bucket(problem.m)
+    weights = {(p.n, p.k) for p in presets.preset("deepseek-v3")}
+    assert weights == set(WEIGHTS)
+    assert len(presets.preset("deepseek-v3", [1, 5, 16])) == 7
+    with pytest.raises(OperandError, match="there are deepseek-v3"):
+        presets.preset("gpt-2")
+
+
+# ---- the CPU rig ----------------------------------------------------------------------------------------------------
+
+each_problem = pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(native.DENSE, 48, 272, 400),
+        Problem(native.CONTIGUOUS, 512, 144, 256, 3),
+        Problem(native.RAGGED, 112, 144, 256, 5),
+        Problem(native.MASKED, 64, 144, 256, 4, 32),
+    ],
+    ids=lambda p: p.kind,
+)
+
+
+@each_problem
+def test_the_rig_accepts_right_plans_and_times_them(problem: Problem) -> None:
+    rig = cpu.CpuRig(Task(problem, "", 2, 2))
+    plans = [CpuPlan(1, 32), CpuPlan(2, 256)]
+    assert [rig.error(plan) for plan in plans] == pytest.approx([1.0, 1.0], abs=0.01)
+    times = rig.times(plans, 2)
+    assert [len(samples) for samples in times] == [2, 2]
+    assert all(0 < x < 10 for samples in times for x in samples)
+
+
+@each_problem
+@pytest.mark.parametrize("fault", ["none", "half", "element", "stray"])
+def test_the_rig_sees_wrong_outputs(problem: Problem, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = cpu.CpuRig(Task(problem, "", 2, 2))
+    original = rig._run
+
+    def run(plan: AnyPlan) -> None:
+        if fault != "none":
+            original(plan)
+        rows, owned = rig.d.reshape(-1, problem.n), rig._owned.reshape(-1)
+        if fault == "half":
+            rows[owned] &= 0xFFF0
+        elif fault == "element":
+            rows[np.flatnonzero(owned)[-1], 3] = 0x7FDE
+        elif fault == "stray" and not owned.all():
+            rows[np.flatnonzero(~owned)[0], 0] = 0
+
+    monkeypatch.setattr(rig, "_run", run)
+    wrong = not rig.error(CpuPlan(1, 32)) <= 1.05
+    assert wrong == (fault != "stray" or not rig._owned.all())
+
+
+@given(
+    st.integers(0, 3),
+    st.integers(1, 40).map(lambda i: 16 * i),
+    st.integers(1, 9),
+    st.integers(0, 40).map(lambda i: 16 * i),
+)
+def test_groups_are_shared_out(kind: int, m: int, groups: int, expected: int) -> None:
+    problem = Problem(kind, m, 64, 64, groups if kind else 1, min(expected, m))
+    parts, layout = operands.pieces(problem), operands.layout(problem)
+    if kind == native.DENSE:
+        assert layout == []
+    elif kind == native.MASKED:
+        assert len(layout) == groups
+        assert all(0 <= rows <= m for rows in layout)
+        assert sum(layout) <= (expected or m) * groups + groups
+    elif kind == native.RAGGED:
+        assert layout == sorted(layout)
+        assert (len(layout), layout[-1]) == (groups, m)
+    else:
+        assert len(layout) == m
+        for row in range(1, m):
+            assert layout[row] in (layout[row - 1], -1) or row % 128 == 0
+    assert sum(part.rows for part in parts) <= m * (groups if kind == native.MASKED else 1)
+
+
+def test_a_tune_on_this_cpu_for_real() -> None:
+    target = open_target("cpu")
+    problem = presets.problem(native.DENSE, 20, 256, 512)
+    (task,) = presets.tasks([problem], target.device)
+    with Writer() as writer:
+        (outcome,) = tune.run(target, writer, [task])
+    assert outcome.winner is not None
+    assert outcome.winner.plan.num_sms <= backends.cpu_threads()
+    found = native.Problem(native.DENSE, native.CPU, 0, 20, 256, 512, 1, 1, 1, 1)
+    assert planner.choose(planner.make_key(found)) == (outcome.winner.plan, True)
+
+
+# ---- the judgement of a GPU's outputs -------------------------------------------------------------------------------
+
+
+def test_the_judgement_of_outputs() -> None:
+    good = np.array([[1.0, 1.0, 0], [4.0, 4.0, 0], [0.0, 0.0, 0]])
+    assert judge(good, 512) == 1.0
+    for row, column, value in ((0, 2, 1.0), (0, 0, math.nan), (0, 0, math.inf), (2, 0, 1e-9), (0, 0, 4.1)):
+        bad = good.copy()
+        bad[row, column] = value
+        assert judge(bad, 512) == math.inf
+    assert judge(np.array([[4.4, 4.0, 0]]), 512) == pytest.approx(math.sqrt(1.1))
+    assert judge(np.zeros((4, 3)), 512) == 1.0
+    assert judge(np.array([[1e-9, 0.0, 0]]), 512) == math.inf
+    lucky = np.array([[0.1, 0.0, 0], [100.0, 100.0, 0]])
+    assert judge(lucky, 512) == math.inf
+    assert judge(lucky, 8) == pytest.approx(math.sqrt(1.001))

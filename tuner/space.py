@@ -1,0 +1,82 @@
+"""Which plans a sweep tries: first kernels, then how the best of them are launched, then fewer SMs.
+
+Each stage keeps the best plans of the one before. Trying everything with everything would cost a hundred times as much
+and, on the problems where it was tried, wins nothing beyond noise.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from fp8gemm import cost, native, planner
+from fp8gemm.backends import CpuPlan
+from fp8gemm.device import Device
+from fp8gemm.plan import L2_POLICIES, Plan, compiled_space
+from fp8gemm.store import AnyPlan, Task
+
+MOST = 24  # kernels that a sweep tries
+SLOWEST = 1.4  # times the best prediction: the model is never that wrong
+CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
+
+
+def predicted(plan: AnyPlan, task: Task, device: Device) -> float | None:
+    """The cost model's time, in cycles; None for a CPU, which has no model."""
+    return cost.predict(task.problem, plan, device) if isinstance(plan, Plan) else None
+
+
+def default(task: Task, device: Device) -> AnyPlan:
+    """What the problem gets without a tuner."""
+    return planner.default_plan(task.problem, device, task.num_sms)
+
+
+def kernels(task: Task, device: Device, most: int | None = MOST) -> list[AnyPlan]:
+    """The first stage, the default first and then as the model ranks them. `most` None: the whole space."""
+    first = default(task, device)
+    if device.is_cpu:
+        others: Iterable[AnyPlan] = (CpuPlan(task.num_sms, tile_n) for tile_n in CPU_TILE_NS)
+    else:
+        others = _ranked(task, device, most)
+    return list(dict.fromkeys([first, *others]))[:most]
+
+
+def _ranked(task: Task, device: Device, most: int | None) -> Iterator[Plan]:
+    problem = task.problem
+    plans = [
+        plan._replace(num_sms=task.num_sms)
+        for plan in compiled_space(problem.kind, device)
+        if plan.cluster <= task.num_sms
+    ]
+    times = {plan: cost.predict(problem, plan, device) for plan in plans}
+    best = min(times.values())
+    for plan in sorted(plans, key=times.__getitem__):
+        if most is None or times[plan] <= SLOWEST * best:
+            yield plan._replace(raster=cost.raster(problem, plan))
+
+
+def launches(plan: AnyPlan, task: Task) -> list[AnyPlan]:
+    """The second stage: the same kernel, launched otherwise. Nothing is compiled for these."""
+    if not isinstance(plan, Plan):
+        return []
+    rasters = {plan.raster, max(1, plan.raster // 2), plan.raster * 2} if task.problem.m > plan.tile_m else {1}
+    found = [plan._replace(raster=raster, b_policy=policy) for raster in sorted(rasters) for policy in L2_POLICIES]
+    return [other for other in found if other != plan]
+
+
+def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
+    """The third stage: fewer SMs. With tiles to spare the last wave may not need them all; memory needs fewer still."""
+    most = task.num_sms
+    if not isinstance(plan, Plan):
+        return [plan._replace(threads=n) for n in sorted({most // 2, most - 1, most * 3 // 4}) if 1 <= n < most]
+    counts = {most - 4, most - 8, most - 16, most - 24, most * 3 // 4, most // 2}
+    tiles = _cluster_tiles(task, plan)
+    clusters = most // plan.cluster
+    if clusters:
+        waves = -(-tiles // clusters)
+        counts.add(-(-tiles // waves) * plan.cluster)  # as many waves, all but the last full
+    usable = {n // plan.cluster * plan.cluster for n in counts}
+    return [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most]
+
+
+def _cluster_tiles(task: Task, plan: Plan) -> int:
+    p = task.problem
+    groups, rows = (p.groups, p.expected_m or p.m) if p.kind == native.MASKED else (1, p.m)
+    tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
+    return max(1, groups * tiles_m * -(-p.n // (plan.tile_n * plan.cluster_n)))

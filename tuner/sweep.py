@@ -1,0 +1,186 @@
+"""Finds the best plan of one problem: enumerate, build, check, measure, publish."""
+
+import contextlib
+import secrets
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fp8gemm import store
+from fp8gemm.accuracy import TOLERANCE
+from fp8gemm.errors import Fp8GemmError
+from fp8gemm.store import AnyPlan, Task
+
+from . import space
+from .measure import Race, Rest, Rig, Stop, Timing
+from .target import Say, Target
+from .writer import Measurement, Winner, Writer
+
+RIGHT, WRONG = "right", "wrong"
+STOPPED = "stopped before it was finished"
+FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
+FINALISTS = 2  # of one stage lend their plans to the next
+
+
+class Outcome(NamedTuple):
+    """What a sweep came to: a winner, or the reason why there is none.
+
+    `best_seconds` is less than the winner's time where a tie was given to the plan that was there before;
+    `stored_seconds` is the time, in the same rounds, of the winner that was stored before.
+    """
+
+    task: Task
+    winner: Winner | None
+    measured: int  # plans that were timed
+    reason: str | None = None
+    best_seconds: float | None = None
+    stored_seconds: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether trying again would not help."""
+        return self.reason is not None and self.reason != STOPPED
+
+
+class Sweep:
+    """One problem on one target. Every measurement is in the store as soon as it is finished."""
+
+    def __init__(
+        self,
+        target: Target,
+        writer: Writer,
+        task: Task,
+        stop: Stop,
+        say: Say,
+        *,
+        full: bool = False,
+        rest: Rest | None = None,
+    ) -> None:
+        """`full`: try the whole space of kernels, to see what ranking by the model loses. `rest`: see `Race`."""
+        self.target, self.writer, self.task, self.stop = target, writer, task, stop
+        self.say, self.full, self.rest = say, full, rest
+        self.id = secrets.token_hex(8)
+        self.space = store.space(target.device)
+        self.default = space.default(task, target.device)
+        self.stored = writer.incumbent(task, target.device)
+        self.incumbent = self.stored or self.default
+        self.errors: dict[AnyPlan, float] = {}
+        self.recorded: set[AnyPlan] = set()
+
+    def run(self) -> Outcome:
+        plans = space.kernels(self.task, self.target.device, None if self.full else space.MOST)
+        plans = self._built(dict.fromkeys([*plans, self.incumbent]))
+        if not plans:
+            return self._nothing(STOPPED if self.stop() else "no plan could be built")
+        with contextlib.closing(self.target.rig(self.task)) as rig:
+            return self._race(rig, plans)
+
+    def _nothing(self, reason: str) -> Outcome:
+        return Outcome(self.task, None, len(self.recorded), reason)
+
+    def _race(self, rig: Rig, plans: list[AnyPlan]) -> Outcome:
+        standings = self._stage(rig, plans, "kernels")
+        for stage, more in (("launches", space.launches), ("fewer SMs", space.fewer_sms)):
+            if not standings or self.stop():
+                break
+            finalists = list(standings)[:FINALISTS]
+            extra = [plan for best in finalists for plan in more(best, self.task)]
+            if extra:
+                keep = dict.fromkeys([*finalists, self.default, self.incumbent])
+                self._record(rig, {plan: t for plan, t in standings.items() if plan not in keep})
+                later = self._stage(rig, [*(plan for plan in keep if plan in standings), *extra], stage)
+                standings = later or standings
+        self._record(rig, standings)
+        if not standings:
+            return self._nothing(STOPPED if self.stop() else "no right plan, or no undisturbed round")
+        winner = self._winner(standings)
+        if not rig.error(winner.plan) <= TOLERANCE:  # once more, after all that ran since
+            return self._nothing(f"{winner.plan} was right at first and is wrong now")
+        self.writer.publish(self.task, self.space, winner, self.target.stamp)
+        stored = standings.get(self.stored) if self.stored else None
+        best = next(iter(standings.values())).seconds
+        return Outcome(self.task, winner, len(self.recorded), None, best, stored.seconds if stored else None)
+
+    def _built(self, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
+        """Those that compile, without spills; the others are recorded."""
+        wanted = [plan for plan in plans if not any(plan.violations(self.task.problem.kind, self.target.device))]
+        failed = self.target.build(wanted, self.task, self.stop, self.say)
+        self.writer.measured(self.task, self.space, self.id, [self._failure(p, why) for p, why in failed.items()])
+        return [plan for plan in wanted if plan not in failed]
+
+    def _stage(self, rig: Rig, plans: list[AnyPlan], stage: str) -> dict[AnyPlan, Timing]:
+        right = self._right(rig, self._built(plans) if stage != "kernels" else plans)
+        if not right or self.stop():
+            return {}
+
+        def dropped(plan: AnyPlan, timing: Timing) -> None:
+            self._record(rig, {plan: timing})
+
+        def told(race: Race) -> None:
+            standings = race.standings()
+            if standings:
+                best, default = next(iter(standings.values())), standings.get(self.default)
+                beside = f" (default {1e6 * default.seconds:.1f})" if default else ""
+                left = f"{len(standings)} of {len(right)} plans"
+                self.say(f"{stage}: {left}, best {1e6 * best.seconds:.1f} us{beside}")
+
+        return Race(rig, right, (self.default, self.incumbent), self.stop, dropped, told, self.rest).run()
+
+    def _right(self, rig: Rig, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
+        """Those whose output is right; the others are recorded."""
+        found, wrong = [], []
+        for plan in dict.fromkeys(plans):
+            if self.stop():
+                return []
+            if plan not in self.errors:
+                self.say(f"checking {plan}")
+                try:
+                    self.errors[plan] = rig.error(plan)
+                except Fp8GemmError as error:
+                    wrong.append(self._failure(plan, f"failed: {error}".splitlines()[0]))
+                    continue
+                if not self.errors[plan] <= TOLERANCE:
+                    wrong.append(self._failure(plan, WRONG))
+            if self.errors[plan] <= TOLERANCE:
+                found.append(plan)
+        if wrong:
+            self.writer.measured(self.task, self.space, self.id, wrong)
+        return found
+
+    def _failure(self, plan: AnyPlan, verdict: str) -> Measurement:
+        guess = space.predicted(plan, self.task, self.target.device)
+        error = self.errors.get(plan)
+        finite = error if error is not None and error < 1e30 else None
+        return Measurement(plan, plan == self.default, guess, None, None, None, 0, finite, verdict)
+
+    def _record(self, rig: Rig, timings: dict[AnyPlan, Timing]) -> None:
+        guess = {plan: space.predicted(plan, self.task, self.target.device) for plan in timings}
+        clock = rig.clock_hz()
+        self.writer.measured(
+            self.task,
+            self.space,
+            self.id,
+            [
+                Measurement(plan, plan == self.default, guess[plan], *t[:2], clock, t[2], self.errors[plan], RIGHT)
+                for plan, t in timings.items()
+                if plan not in self.recorded
+            ],
+        )
+        self.recorded |= timings.keys()
+
+    def _winner(self, standings: dict[AnyPlan, Timing]) -> Winner:
+        """The fastest, unless the plan that it would replace is as fast within the noise."""
+        best, timing = next(iter(standings.items()))
+        old = standings.get(self.incumbent)
+        if old and old.seconds - timing.seconds <= old.spread + timing.spread:
+            best, timing = self.incumbent, old
+        default = standings.get(self.default)
+        winner = Winner(best, timing.seconds, timing.spread, self.default, default.seconds if default else None)
+        thrifty = [
+            plan
+            for plan, t in standings.items()
+            if plan.num_sms < best.num_sms and t.seconds <= FRUGAL * timing.seconds
+        ]
+        if not thrifty:
+            return winner
+        frugal = min(thrifty, key=lambda plan: (plan.num_sms, standings[plan].seconds))
+        return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
