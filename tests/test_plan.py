@@ -135,6 +135,14 @@ problems = st.builds(
 )
 
 
+def test_batch_invariant_plans_do_not_split_k() -> None:
+    few_tiles = Problem(native.DENSE, 16, 576, 7168)
+    assert cost.default_plan(few_tiles, H100, 132).split > 1
+    invariant = cost.default_plan(few_tiles, H100, 132, batch_invariant=True)
+    assert (invariant.split, invariant.reduction) == (1, plan.K_ASCENDING)
+    assert {p.reduction == plan.K_ASCENDING for p in compiled_space(native.DENSE, H100) if p.split > 1} == {False}
+
+
 @settings(max_examples=150)
 @given(problems, st.sampled_from(HOPPERS), st.data())
 def test_default_plan_is_legal(problem: Problem, gpu: Device, data: st.DataObject) -> None:

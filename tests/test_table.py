@@ -192,7 +192,7 @@ def test_many_problems() -> None:
 def test_a_miss_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
 
-    def default_plan(problem: Problem, device: object, num_sms: int) -> CpuPlan:
+    def default_plan(problem: Problem, device: object, num_sms: int, batch_invariant: bool) -> CpuPlan:
         asked.append(problem)
         return CpuPlan(1, 32)
 
