@@ -12,9 +12,9 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
 
 and every tile adds its epilogue, every split of K its exchange. Waves come out by themselves: a CTA's number of tiles
 is rounded up. Against all that stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same
-on every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 4,600 measured
-(problem, plan) pairs: seven weights, M = 1 .. 8192, and nine grouped problems. There the default is 3% slower than the
-best plan in the geometric mean and 21% at worst (native/README.md).
+on every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 15,900 measured
+(problem, plan) pairs: seven weights, M = 16 .. 8192, and nine grouped problems. There the default is 2.6% slower than
+the best plan in the geometric mean and 18% at worst (native/README.md).
 """
 
 import functools
@@ -27,24 +27,24 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.03  # reads and writes get in each other's way
-L2_BYTES_PER_CYCLE = 51.0  # one SM's share
-L2_CONTENTION = 0.02  # what streaming costs beside anything else: bytes in flight, and power
-L2_MISS = 0.879  # of a missed byte's own cost
-WGMMA_LATENCY, DEEP_LATENCY = 130.0, 204.0
-PROMOTION = 1.08  # cycles of an FMA, which competes with the tensor core for registers
-BARRIERS = 47.2  # a stage's
-STAGE_ISSUE = 27.1
-TMA_ISSUE = 148.0
-EPILOGUE = 771.0
-DIRECT_EPILOGUE, DIRECT_COLUMN = 799.0, 2.88
-STORE_BYTES_PER_CYCLE = {64: 35.8, 32: 33.7, 16: 9.21}  # by the columns that a TMA store takes at a time
-LAUNCH = 1450  # until the first stage has landed
-LAUNCH_CLUSTER = 3697
-EXCHANGE, EXCHANGE_COLUMN = 1710, 9.05  # of the sums of a split K, its cluster's launch with it
+SHARED_CONFLICT = 1.17  # reads and writes get in each other's way
+L2_BYTES_PER_CYCLE = 53.0  # one SM's share
+L2_CONTENTION = 0.0295  # what streaming costs beside anything else: bytes in flight, and power
+L2_MISS = 0.483  # of a missed byte's own cost
+WGMMA_LATENCY, DEEP_LATENCY = 142.0, 192.0
+PROMOTION = 0.95  # cycles of an FMA, which competes with the tensor core for registers
+BARRIERS = 26.0  # a stage's
+STAGE_ISSUE = 18.4
+TMA_ISSUE = 141.0
+EPILOGUE = 757.0
+DIRECT_EPILOGUE, DIRECT_COLUMN = 667.0, 2.61
+STORE_BYTES_PER_CYCLE = {64: 59.5, 32: 39.1, 16: 16.6}  # by the columns that a TMA store takes at a time
+LAUNCH = 2610  # until the first stage has landed
+LAUNCH_CLUSTER = 2079
+EXCHANGE, EXCHANGE_COLUMN = 1795, 11.9  # of the sums of a split K, its cluster's launch with it
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.626
+MEMORY_EFFICIENCY = 0.689
 HIDDEN = 0.02  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
 
