@@ -22,10 +22,15 @@ public:
     __device__ Scheduler(const GemmParams& params)
         : p(params), index(blockIdx.x / kCluster), columns(ceil_div(p.n, kTileN * kClusterN)) {
         if constexpr (kKind == kRagged || kKind == kMasked) load_window(0);
+        if constexpr (kKind == kContiguous) look_ahead();
     }
 
     __device__ bool next(Tile& tile) {
-        do {
+        if constexpr (kKind == kContiguous) {
+            do {
+                if (!ahead.exists) return false;
+            } while (!take_segment(tile));
+        } else {
             int in_group = index, start = 0, rows = p.m;
             tile.group = tile.alone = 0;
             if constexpr (kKind == kRagged || kKind == kMasked) {
@@ -35,7 +40,7 @@ public:
             }
             index += gridDim.x / kCluster;
             place(tile, in_group, start, rows);
-        } while (kKind == kContiguous && !find_segment(tile));
+        }
         return true;
     }
 
@@ -65,26 +70,46 @@ private:
         tile.column = n * kTileN;
     }
 
-    // Contiguous: the group of the tile's segment, whose padding is marked -1. False if the cluster has no work.
-    __device__ bool find_segment(Tile& tile) {
-        auto group_of = [&](int row) {
-            const int g = row < p.m ? p.layout[row] : -1;
-            return g < p.groups ? g : -1;
-        };
-        tile.group = group_of(tile.row);
-        if constexpr (kClusterM > 1) {
-            const int other = group_of(cluster_rank() ? tile.row - kTileM : tile.row + kTileM);
-            tile.alone = tile.group >= 0 && other >= 0 && tile.group != other;
-            if (tile.group < 0 && other >= 0) {  // the other CTA's tile: ours only keeps it company
-                tile.group = other, tile.rows = 0;
-                return true;
-            }
-        }
+    // Contiguous: the next tile, and what memory says of it. It is asked one tile ahead, so that nobody waits for it.
+    struct Ahead {
+        bool exists;
+        Tile tile;
+        int group, other;                        // of the tile's first row, and of the cluster's other tile's
+        int of_rows[kTileM / 32];                // of every row, one a lane
+    } ahead;
+
+    __device__ void look_ahead() {
+        ahead.exists = index < ceil_div(p.m, kRows) * columns;
+        if (!ahead.exists) return;
+        place(ahead.tile, index, 0, p.m);
+        index += gridDim.x / kCluster;
+        const int row = ahead.tile.row;
+        auto group_of = [&](int r) { return r < p.m ? p.layout[r] : -1; };
+        ahead.group = group_of(row);
+        if constexpr (kClusterM > 1) ahead.other = group_of(cluster_rank() ? row - kTileM : row + kTileM);
+#pragma unroll
+        for (int i = 0; i < kTileM / 32; ++i) ahead.of_rows[i] = group_of(row + i * 32 + threadIdx.x % 32);
+    }
+
+    // Takes the tile ahead: its segment's group, and its rows before the padding, which is marked -1. False if the
+    // cluster has no work there.
+    __device__ bool take_segment(Tile& tile) {
+        tile = ahead.tile;
+        tile.group = ahead.group < p.groups ? ahead.group : -1;
+        tile.alone = 0;
+        bool work = tile.group >= 0;
         int rows = 0;
-        for (int i = threadIdx.x % 32; i < kTileM; i += 32)
-            rows += __popc(__ballot_sync(0xffffffff, i < tile.rows && p.layout[tile.row + i] == tile.group));
+#pragma unroll
+        for (int i = 0; i < kTileM / 32; ++i)
+            rows += __popc(__ballot_sync(0xffffffff, work && ahead.of_rows[i] == tile.group));
         tile.rows = rows;
-        return tile.group >= 0;
+        if constexpr (kClusterM > 1) {
+            const int other = ahead.other < p.groups ? ahead.other : -1;
+            tile.alone = work && other >= 0 && tile.group != other;
+            if (!work && other >= 0) tile.group = other, work = true;    // the other CTA's: ours only keeps it company
+        }
+        look_ahead();
+        return work;
     }
 
     __device__ void load_window(int first) {
