@@ -54,7 +54,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Plan], None]]:
     """Makes every call take the given plan, where it takes any."""
 
     def force(forced: Plan) -> None:
-        def default_plan(p: Problem, device: device.Device, num_sms: int) -> Plan:
+        def default_plan(p: Problem, device: device.Device, num_sms: int, batch_invariant: bool) -> Plan:
             return forced._replace(raster=cost.raster(p, forced))
 
         planner.forget()
