@@ -27,7 +27,8 @@ def gemm_fp8_fp8_bf16_nt(
         d: (M, N) bfloat16, written; None allocates it and returns an `fp8gemm.Tensor`.
         stream: CUstream as an int, or an object with `__cuda_stream__`; by default the current stream of the
             framework of d (of a, without d).
-        batch_invariant: a row's bits depend neither on M nor on the plan. Every plan has that property today.
+        batch_invariant: take only plans that sum K in ascending order, so that a row's bits depend neither on M nor on
+            the plan. Slower where tiles are few and other plans split K: by the cost model up to 1.7 times.
 
     uint8 is taken as e4m3 and uint16 as bfloat16. K is a multiple of 16; the last dimension of a, b and d is
     contiguous. M = 0 and K = 0 are fine. Returns d.
