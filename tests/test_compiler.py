@@ -198,7 +198,7 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     for kernel in kernels():
         macros = dict(kernel.macros)
         if kernel.source == "gemm.cu":
-            wanted[macros["KIND"], macros["CLUSTER_M"], macros["CLUSTER_N"], macros["TILE_M"]] = kernel
+            wanted[tuple(macros[name] for name in ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT"))] = kernel
         else:
             wanted[kernel.function, *macros.values()] = kernel
     paths = [run.builds[name(kernel)].path for kernel in wanted.values()]
@@ -210,9 +210,10 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
         assert not {"LDL", "STL"} & set(found), f"{kernel} uses local memory"
         if kernel.source == "gemm.cu":
             macros = dict(kernel.macros)
-            waves = macros["TILE_M"] // (64 * (1 if macros["TILE_M"] == 64 else 2))
-            assert found["QGMMA"] % (4 * waves) == 0  # four a scale block and wave
-            assert {"UTMALDG", "UTMASTG", "SYNCS"} <= set(found)
+            waves = max(1, macros["TILE_M"] // 128)
+            assert found["QGMMA"] % (4 * waves * macros["DEPTH"]) == 0  # four a wave and block of K
+            assert {"UTMALDG", "SYNCS"} <= set(found)
+            assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
             assert "R2UR" not in wgmma_loop(sass), f"{kernel} moves its descriptors to uniform registers"
         else:
