@@ -198,7 +198,9 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     for kernel in kernels():
         macros = dict(kernel.macros)
         if kernel.source == "gemm.cu":
-            wanted[tuple(macros[name] for name in ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT"))] = kernel
+            wanted[tuple(macros[name] for name in ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT"))] = (
+                kernel
+            )
         else:
             wanted[kernel.function, *macros.values()] = kernel
     paths = [run.builds[name(kernel)].path for kernel in wanted.values()]
