@@ -74,7 +74,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 
 def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     """Cycles that a CTA needs for 128 of K of its tile; `missed`: bytes of it that come from HBM, on average."""
-    consumers = 1 if plan.tile_m <= 64 else 2
+    consumers = plan.consumers
     waves = max(plan.tile_m // (64 * consumers), 1)
     wgmmas = TILE_K // 32  # m64nNk32
     tensor = 64 * plan.tile_n * 32 / MACS_PER_CYCLE

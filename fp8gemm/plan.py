@@ -68,18 +68,22 @@ class Plan(NamedTuple):
         return K_ASCENDING if self.split == 1 else f"{self.split} parts of whole {self.depth * TILE_K}s of k"
 
     @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply: a wgmma is 64 rows high, and two share a taller tile."""
+        return 1 if self.tile_m <= 64 else 2
+
+    @property
     def threads(self) -> int:
         """One producer warpgroup, and one consumer warpgroup a 64 rows, two at most."""
-        return 128 * (2 if self.tile_m <= 64 else 3)
+        return 128 * (1 + self.consumers)
 
     @property
     def shared_bytes(self) -> int:
         """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 4) * 4) + 2 * 8
-        consumers = 1 if self.tile_m <= 64 else 2
-        parts = (self.split - 1) * self.tile_m * self.tile_n * 4 if self.split > 1 else 16 * consumers
+        parts = (self.split - 1) * self.tile_m * self.tile_n * 4 if self.split > 1 else 16 * self.consumers
         staged = self.tile_m if self.tile_m >= 64 else 1
-        total = self.stages * ((stage + 1023) // 1024 * 1024) + staged * self.tile_n * 2 + parts + 16 * consumers
+        total = self.stages * ((stage + 1023) // 1024 * 1024) + staged * self.tile_n * 2 + parts + 16 * self.consumers
         return (total + 1023) // 1024 * 1024
 
     def violations(self, kind: int, device: Device) -> Iterator[str]:

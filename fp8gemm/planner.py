@@ -96,8 +96,11 @@ def choose(key: native.Key) -> tuple[Plan | CpuPlan | None, bool]:
         return None, False
     if plan := stored(key, device):
         return plan, True
-    num_sms, invariant = key.num_sms or device.sms, bool(key.batch_invariant)
-    return default_plan(problem_of(key), device, num_sms, invariant), False
+    return _default_of(key, device), False
+
+
+def _default_of(key: native.Key, device: Device) -> Plan | CpuPlan:
+    return default_plan(problem_of(key), device, key.num_sms or device.sms, bool(key.batch_invariant))
 
 
 def resolve(key: native.Key, stream: int | None = None) -> native.Entry:
@@ -113,9 +116,7 @@ def resolve(key: native.Key, stream: int | None = None) -> native.Entry:
         except CompileError:
             if not from_store:
                 raise
-            device = device_of(key)
-            plan = default_plan(problem_of(key), device, key.num_sms or device.sms, bool(key.batch_invariant))
-            entry = publish(key, plan, False, stream)
+            entry = publish(key, _default_of(key, device_of(key)), False, stream)
         native.library().find(ctypes.byref(key))  # counts this call too
         return entry
     except NotPrepared as error:
