@@ -100,8 +100,8 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
 
 def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
-    if plan.tile_m < 64:
-        return DIRECT_EPILOGUE + DIRECT_COLUMN * plan.tile_n
+    if not plan.staged:
+        return DIRECT_EPILOGUE + DIRECT_COLUMN * plan.tile_n / plan.split
     return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
 
 

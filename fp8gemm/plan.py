@@ -78,12 +78,18 @@ class Plan(NamedTuple):
         return 128 * (1 + self.consumers)
 
     @property
+    def staged(self) -> bool:
+        """Whether D passes through shared memory, for TMA stores; else it goes from registers."""
+        return self.tile_m >= 64 and self.split == 1
+
+    @property
     def shared_bytes(self) -> int:
         """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 4) * 4) + 2 * 8
-        parts = (self.split - 1) * self.tile_m * self.tile_n * 4 if self.split > 1 else 16 * self.consumers
-        staged = self.tile_m if self.tile_m >= 64 else 1
-        total = self.stages * ((stage + 1023) // 1024 * 1024) + staged * self.tile_n * 2 + parts + 16 * self.consumers
+        columns = self.tile_n // self.split
+        parts = (self.split - 1) * self.tile_m * columns * 4 if self.split > 1 else 16 * self.consumers
+        d = (self.tile_m if self.staged else 1) * columns * 2
+        total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + 16 * self.consumers
         return (total + 1023) // 1024 * 1024
 
     def violations(self, kind: int, device: Device) -> Iterator[str]:
@@ -100,8 +106,10 @@ class Plan(NamedTuple):
             yield f"cluster {self.cluster_m} x {self.cluster_n} for tile_m {self.tile_m}, allowed from 64 on"
         if self.split not in SPLITS:
             yield f"split {self.split}, allowed are {SPLITS}"
-        if self.split > 1 and (self.cluster_m * self.cluster_n > 1 or self.tile_m > 128):
-            yield f"split {self.split} of K: allowed for tile_m up to 128, and CTAs that share nothing else"
+        if self.split > 1 and self.cluster_m * self.cluster_n > 1:
+            yield f"split {self.split} of K: allowed for CTAs that share nothing else"
+        if self.tile_n % (8 * max(self.split, 1)):
+            yield f"split {self.split} of K: tile_n {self.tile_n} must be a multiple of {8 * self.split} then"
         if self.depth not in DEPTHS:
             yield f"depth {self.depth}, allowed are {DEPTHS}"
         if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 96):
@@ -110,8 +118,8 @@ class Plan(NamedTuple):
             yield f"{self.stages} stages, allowed are 2 to {MAX_STAGES}"
         if self.shared_bytes > device.shared_bytes:
             yield f"{self.shared_bytes} bytes of shared memory, {device.name} has {device.shared_bytes} for a CTA"
-        if kind == native.CONTIGUOUS and self.tile_m > 128:
-            yield f"tile_m {self.tile_m} for contiguous groups: their segments are aligned to 128 rows only"
+        if kind == native.CONTIGUOUS and self.tile_m > 128 and self.cluster_m > 1:
+            yield f"cluster_m {self.cluster_m} for contiguous groups and tile_m {self.tile_m}: segments start in its middle"
         if not self.cluster <= self.num_sms <= device.sms:
             yield f"num_sms {self.num_sms}, allowed are {self.cluster} (the cluster) to {device.sms}"
         if self.raster < 1:

@@ -15,7 +15,7 @@ __device__ u32 panel_offset(int row, int column) {
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2]) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = warp * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < kTileN / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
+    for (int j = 0; j < kColumns / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
         const float* v = &sum[j * 8];
         store_matrix_x4(shared_address(panels[panel]) + panel_offset(row, column), pack_bf16(v[0], v[1]),
@@ -32,13 +32,13 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
         const int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows) break;
         u16* to = d + row * p.d_row + lane % 4 * 2;
-        if (pairs && columns >= kTileN) {
+        if (pairs && columns >= kColumns) {
 #pragma unroll
-            for (int j = 0; j < kTileN / 8; ++j)
+            for (int j = 0; j < kColumns / 8; ++j)
                 *reinterpret_cast<u32*>(to + j * 8) = pack_bf16(sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]);
         } else {
 #pragma unroll
-            for (int i = 0; i < kTileN / 4; ++i)
+            for (int i = 0; i < kColumns / 4; ++i)
                 if (i / 2 * 8 + lane % 4 * 2 + i % 2 < columns)
                     to[i / 2 * 8 + i % 2] = static_cast<u16>(pack_bf16(sum[i / 2 * 4 + half * 2 + i % 2], 0));
         }

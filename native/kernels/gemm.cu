@@ -12,7 +12,7 @@
 // landed) and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about
 // 14 bits of a sum, so a partial sum lives there for one block only; FP32 registers hold the rest (two-level
 // accumulation).
-// Where tiles are few, the CTAs of a cluster share a tile's K; the first one adds their sums, in order.
+// Where tiles are few, the CTAs of a cluster share a tile's K, and each adds up their sums of some columns, in order.
 //
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
 #include "epilogue.cuh"
@@ -25,7 +25,7 @@
 namespace fp8gemm {
 
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
-constexpr int kPart = kSplit > 1 ? kPartThreads * kTileN / 8 : 1; // float4 that they send
+constexpr int kPart = kPartThreads * kColumns / 8;               // float4 that they send to each peer, of 64 rows
 
 struct alignas(1024) Stage {
     u8 a[kDepth * kTileM * kTileK];
@@ -36,8 +36,8 @@ struct alignas(1024) Stage {
 
 struct SharedStorage {
     Stage stages[kStages];
-    u16 d[kConsumers][kWaves][kPanels][kPanelSize];
-    float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kPart];        // sums of the cluster's other CTAs
+    u16 d[kStaged ? kConsumers * kWaves : 1][kPanels][kPanelSize];
+    float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
     u64 parts_full[kConsumers], parts_empty[kConsumers];
 };
 #ifdef SMEM_BYTES
@@ -169,32 +169,44 @@ __device__ void release(u32 empty) {
     }
 }
 
-// The cluster's first CTA adds the sums of the others to its own, in the order of K. False in the others.
-__device__ bool add_parts(SharedStorage& s, float (&sum)[kTileN / 2], int consumer, u32& phase) {
+// The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the order
+// of K, into the first registers.
+__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& phase) {
+    constexpr int kRegisters = kColumns / 2;
     const int rank = cluster_rank(), thread = threadIdx.x % 128, lane = thread % 32;
     u64 *full = &s.parts_full[consumer], *empty = &s.parts_empty[consumer];
-    if (rank > 0) {
-        barrier_wait(empty, phase ^ 1);
-        const u32 to = remote_address(&s.parts[rank - 1][consumer][thread], 0), there = remote_address(full, 0);
+    if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
+    barrier_wait(empty, phase ^ 1);                              // the peers have read the last tile's
 #pragma unroll
-        for (int i = 0; i < kTileN / 8; ++i)
-            if (thread < kPartThreads) store_async_remote(to + i * kPartThreads * sizeof(float4), &sum[i * 4], there);
-    } else {
-        if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
-        barrier_wait(full, phase);
+    for (int to = 0; to < kSplit; ++to) {
+        if (to == rank || thread >= kPartThreads) continue;
+        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to), there = remote_address(full, to);
 #pragma unroll
-        for (int r = 0; r < kSplit - 1; ++r) {
-#pragma unroll
-            for (int i = 0; i < kTileN / 8; ++i) {
-                const float4 part = s.parts[r][consumer][i * kPartThreads + thread % kPartThreads];
-                sum[i * 4] += part.x, sum[i * 4 + 1] += part.y, sum[i * 4 + 2] += part.z, sum[i * 4 + 3] += part.w;
-            }
-        }
-        __syncwarp();
-        if (lane > 0 && lane < kSplit) barrier_arrive_remote(remote_address(empty, lane));
+        for (int i = 0; i < kWaves * kRegisters; i += 4)
+            store_async_remote(part + i / 4 * kPartThreads * sizeof(float4),
+                               &sum[i / kRegisters][to * kRegisters + i % kRegisters], there);
     }
+    barrier_wait(full, phase);
+#pragma unroll
+    for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
+        if (at != rank) continue;
+#pragma unroll
+        for (int i = 0; i < kWaves * kRegisters; i += 4) {
+            float* const out = &sum[i / kRegisters][i % kRegisters];
+            const float* const own = out + at * kRegisters;
+            float4 total;
+#pragma unroll
+            for (int from = 0; from < kSplit; ++from) {
+                const float4 part = from == at ? make_float4(own[0], own[1], own[2], own[3])
+                    : s.parts[from - (from > at)][consumer][i / 4 * kPartThreads + thread % kPartThreads];
+                total = from ? make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w) : part;
+            }
+            out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
+        }
+    }
+    __syncwarp();
+    if (lane < kSplit && lane != rank) barrier_arrive_remote(remote_address(empty, lane));
     phase ^= 1;
-    return rank == 0;
 }
 
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
@@ -222,7 +234,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         }
 
         float sum[kWaves][kTileN / 2] = {};
-        const int b_split = 128 - tile.column % 128;             // columns of the tile before its second B scale
+        const int b_split = keep(128 - tile.column % 128);       // columns of the tile before its second B scale
         bool landed = false;
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         for (int kb = first_block; kb < last_block; kb += kDepth) {
@@ -242,7 +254,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 #pragma unroll
                 for (int i = 0; i < kSegments; ++i)
                     for (int half = 0; half < 2; ++half)
-                        scale[i][half] = scale_a[item][half] * (i * kSegment < b_split ? scale_b[j][0] : scale_b[j][1]);
+                        scale[i][half] = scale_a[item][half] * (i == 0 || i * kSegment < b_split ? scale_b[j][0] : scale_b[j][1]);
 #pragma unroll
                 for (int i = 0; i < kTileN / 2; ++i)
                     sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i];
@@ -268,8 +280,10 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             landed = barrier_test(&ring.stage(s).full, ring.phase);
             promote(kItems - 1);
         }
-        if constexpr (kSplit > 1)
-            if (!add_parts(s, sum[0], consumer, parts_phase)) continue;
+        if constexpr (kSplit > 1) {
+            exchange_parts(s, sum, consumer, parts_phase);
+            tile.column += cluster_rank() * kColumns;
+        }
 
         const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
         // TMA clips at D's edges by itself, which is enough for dense.
@@ -279,7 +293,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             named_barrier_sync(1 + consumer, 128);
 #pragma unroll
             for (int w = 0; w < kWaves; ++w)
-                if constexpr (kStaged) stage_wave(s.d[consumer][w], sum[w]);
+                if constexpr (kStaged) stage_wave(s.d[consumer * kWaves + w], sum[w]);
             fence_async_proxy();
             named_barrier_sync(1 + consumer, 128);
         }
@@ -291,7 +305,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                 store_wave(p, sum[w], p.d_data + group * p.d_group + row * p.d_row + tile.column, rows, columns);
             else if (leader && rows > 0)
                 for (int i = 0; i < kPanels && i * kPanel < columns; ++i)
-                    tma_store(p.d, s.d[consumer][w][i], tile.column + i * kPanel, row, group);
+                    tma_store(p.d, s.d[consumer * kWaves + w][i], tile.column + i * kPanel, row, group);
         }
         if (leader) tma_store_commit();
     }
@@ -312,7 +326,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
             barrier_init(&stage.full, 1 + scale_threads(p));
             barrier_init(&stage.empty, kConsumers * 4 * kShare);
         }
-        for (int i = 0; i < kConsumers; ++i) barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], 4);
+        for (int i = 0; i < kConsumers; ++i)
+            barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], kSplit > 1 ? 4 * (kSplit - 1) : 1);
         fence_barrier_init();
     }
     if (kCluster > 1) __syncwarp(), cluster_sync_barriers();

@@ -37,16 +37,18 @@ constexpr int kScaleSlots = kTileM + 4;                          // bulk copies 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
 constexpr int kSegments = kTileN / kSegment;
-constexpr int kPanel = greatest_common_divisor(kTileN, 64);      // columns of D stored together, swizzled
-constexpr int kPanels = kTileN / kPanel;
-constexpr bool kStaged = kTileM >= 64;                           // D passes through shared memory, for TMA stores
+constexpr int kColumns = kTileN / kSplit;                        // of the tile, that a CTA stores
+constexpr int kPanel = greatest_common_divisor(kColumns, 64);    // of these, stored together, swizzled
+constexpr int kPanels = kColumns / kPanel;
+constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
 constexpr int kPanelSize = (kStaged ? 64 : 1) * kPanel;
 
 static_assert(kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 256, "see kWaves");
 static_assert(kTileN % 16 == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
+static_assert(kColumns % 8 == 0 && kColumns * kSplit == kTileN, "a CTA of a split stores whole registers of wgmma");
 static_assert(kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
-static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
+static_assert(kKind != kContiguous || kTileM <= 128 || kClusterM == 1, "both CTAs take a tile of two segments twice");
 
 }  // namespace fp8gemm
