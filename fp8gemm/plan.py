@@ -24,7 +24,7 @@ L2_POLICIES = {
     "evict_first": 0x12F0000000000000,
     "evict_last": 0x14F0000000000000,
 }
-TILE_MS = (32, 64, 128, 256)
+TILE_MS = (32, 64, 128, 192, 256)
 TILE_NS = tuple(n for n in range(16, 193, 16) if n != 176)  # 176 could need three B scales
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
 DEPTHS = (1, 2, 4)
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     @property
     def consumers(self) -> int:
         """Warpgroups that multiply: a wgmma is 64 rows high, and two share a taller tile."""
-        return 1 if self.tile_m <= 64 else 2
+        return 1 if self.tile_m <= 64 else 3 if self.tile_m == 192 else 2
 
     @property
     def threads(self) -> int:
@@ -118,8 +118,8 @@ class Plan(NamedTuple):
             yield f"{self.stages} stages, allowed are 2 to {MAX_STAGES}"
         if self.shared_bytes > device.shared_bytes:
             yield f"{self.shared_bytes} bytes of shared memory, {device.name} has {device.shared_bytes} for a CTA"
-        if kind == native.CONTIGUOUS and self.tile_m > 128 and self.cluster_m > 1:
-            yield f"cluster_m {self.cluster_m} for contiguous groups and tile_m {self.tile_m}: segments start in its middle"
+        if kind == native.CONTIGUOUS and self.tile_m > 128:
+            yield f"tile_m {self.tile_m} for contiguous groups: their segments are aligned to 128 rows only"
         if not self.cluster <= self.num_sms <= device.sms:
             yield f"num_sms {self.num_sms}, allowed are {self.cluster} (the cluster) to {device.sms}"
         if self.raster < 1:

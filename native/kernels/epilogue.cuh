@@ -11,9 +11,9 @@ __device__ u32 panel_offset(int row, int column) {
     return offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16));
 }
 
-// 64 rows of sums, as wgmma leaves them, to bf16 in shared memory.
-__device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2]) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = warp * 16 + lane % 16;
+// 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others.
+__device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = first + warp * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;

@@ -36,7 +36,7 @@ struct alignas(1024) Stage {
 
 struct SharedStorage {
     Stage stages[kStages];
-    u16 d[kStaged ? kConsumers * kWaves : 1][kPanels][kPanelSize];
+    u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
     u64 parts_full[kConsumers], parts_empty[kConsumers];
 };
@@ -170,13 +170,19 @@ __device__ void release(u32 empty) {
 }
 
 // The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the order
-// of K, into the first registers.
-__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& phase) {
+// of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
+__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
     constexpr int kRegisters = kColumns / 2;
     const int rank = cluster_rank(), thread = threadIdx.x % 128, lane = thread % 32;
     u64 *full = &s.parts_full[consumer], *empty = &s.parts_empty[consumer];
     if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
-    barrier_wait(empty, phase ^ 1);                              // the peers have read the last tile's
+    if (round == 0) {
+        cluster_wait();                                          // the peers' barriers are set up
+    } else {                                                     // what they sent is read, and what we sent to them
+        __syncwarp();
+        if (lane < kSplit && lane != rank) barrier_arrive_remote(remote_address(empty, lane));
+        barrier_wait(empty, (round - 1) % 2);
+    }
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;
@@ -186,7 +192,7 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
             store_async_remote(part + i / 4 * kPartThreads * sizeof(float4),
                                &sum[i / kRegisters][to * kRegisters + i % kRegisters], there);
     }
-    barrier_wait(full, phase);
+    barrier_wait(full, round++ % 2);
 #pragma unroll
     for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
         if (at != rank) continue;
@@ -204,9 +210,6 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
             out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
         }
     }
-    __syncwarp();
-    if (lane < kSplit && lane != rank) barrier_arrive_remote(remote_address(empty, lane));
-    phase ^= 1;
 }
 
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
@@ -219,7 +222,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     const u32 scales_first = keep(first_row + warp * 16 % kTileM + lane / 4);
     u64* const empty = &s.stages[0].empty;
     const u32 empty_first = keep(kShare > 1 ? remote_address(empty, lane % kShare) : shared_address(empty));
-    u32 parts_phase = 0;
+    u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
@@ -281,31 +284,29 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             promote(kItems - 1);
         }
         if constexpr (kSplit > 1) {
-            exchange_parts(s, sum, consumer, parts_phase);
+            exchange_parts(s, sum, consumer, rounds);
             tile.column += cluster_rank() * kColumns;
         }
 
         const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
-        // TMA clips at D's edges by itself, which is enough for dense.
-        auto by_tma = [&](int rows) { return kStaged && p.d_by_tma && (rows >= 64 || kKind == kDense); };
-        if (by_tma(tile.rows - first_row)) {
+        const int rows = tile.rows - first_row, row = tile.row + first_row;
+        // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
+        if (kStaged && p.d_by_tma && (rows >= kWaves * 64 || kKind == kDense)) {
             if (leader) tma_store_wait_read();                   // the last tile's store has left the buffer
             named_barrier_sync(1 + consumer, 128);
 #pragma unroll
-            for (int w = 0; w < kWaves; ++w)
-                if constexpr (kStaged) stage_wave(s.d[consumer * kWaves + w], sum[w]);
+            for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer], sum[w], w * 64);
             fence_async_proxy();
             named_barrier_sync(1 + consumer, 128);
-        }
+            if (leader)
+                for (int i = 0; i < kPanels && i * kPanel < columns; i += p.d_blocked ? kPanels : 1)
+                    tma_store(p.d, s.d[consumer][i], p.d_blocked ? 0 : tile.column + i * kPanel, row,
+                              p.d_blocked ? tile.column / kPanel : 0, group);
+        } else {
 #pragma unroll
-        for (int w = 0; w < kWaves; ++w) {
-            const int first = first_row + w * 64, row = tile.row + first;
-            const int rows = min(tile.rows - first, min(kTileM, 64));
-            if (!by_tma(rows))
-                store_wave(p, sum[w], p.d_data + group * p.d_group + row * p.d_row + tile.column, rows, columns);
-            else if (leader && rows > 0)
-                for (int i = 0; i < kPanels && i * kPanel < columns; ++i)
-                    tma_store(p.d, s.d[consumer * kWaves + w][i], tile.column + i * kPanel, row, group);
+            for (int w = 0; w < kWaves; ++w)
+                store_wave(p, sum[w], p.d_data + group * p.d_group + (row + w * 64) * p.d_row + tile.column,
+                           min(rows - w * 64, min(kTileM, 64)), columns);
         }
         if (leader) tma_store_commit();
     }
@@ -330,7 +331,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
             barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], kSplit > 1 ? 4 * (kSplit - 1) : 1);
         fence_barrier_init();
     }
-    if (kCluster > 1) __syncwarp(), cluster_sync_barriers();
+    if (kCluster > 1) __syncwarp(), cluster_arrive();
+    if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
     else if (loads) __syncwarp(), named_barrier_arrive(0, kThreads);
     else named_barrier_sync(0, kThreads);
     dependents_launch();
@@ -341,14 +343,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     const int stages = (blocks + kDepth - 1) / kDepth;
     const int first = stages * rank / kSplit * kDepth, last = min(stages * (rank + 1) / kSplit * kDepth, blocks);
     if (warpgroup == kConsumers) {
-        if constexpr (kConsumers == 2) registers_decrease<40>();
+        if constexpr (kConsumers > 1) registers_decrease<kConsumers == 2 ? 40 : 32>();
         if (warp % 4 == 0) load_operands(p, s, first, last);
         else if ((warp % 4 - 1) * 32 < scale_threads(p)) load_scales(p, s, first, last);
     } else {
-        if constexpr (kConsumers == 2) registers_increase<232>();
+        if constexpr (kConsumers > 1) registers_increase<kConsumers == 2 ? 232 : 160>();
         multiply(p, s, first, last, warpgroup);
     }
-    if constexpr (kCluster > 1) cluster_sync();  // a peer may still write here or arrive at these barriers
+    if constexpr (kShare > 1) cluster_sync();    // a peer may still write here or arrive at these barriers
 }
 
 }  // namespace fp8gemm

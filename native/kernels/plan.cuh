@@ -24,8 +24,8 @@ constexpr int kSplit = SPLIT;                                    // CTAs of a cl
 constexpr int kShare = kClusterM * kClusterN, kCluster = kShare * kSplit;
 constexpr int kDepth = DEPTH;                                    // blocks of K in a stage
 
-constexpr int kConsumers = kTileM <= 64 ? 1 : 2;                 // math warpgroups
-constexpr int kWaves = kTileM <= 64 ? 1 : kTileM / 128;          // 64-row blocks of a consumer, one after another
+constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math warpgroups
+constexpr int kWaves = kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;      // 64-row blocks of each, one after another
 constexpr int kThreads = 128 * (kConsumers + 1);
 
 constexpr int kItems = kWaves * kDepth;                          // of a consumer and stage: 64 rows, a block of K
@@ -41,14 +41,14 @@ constexpr int kColumns = kTileN / kSplit;                        // of the tile,
 constexpr int kPanel = greatest_common_divisor(kColumns, 64);    // of these, stored together, swizzled
 constexpr int kPanels = kColumns / kPanel;
 constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
-constexpr int kPanelSize = (kStaged ? 64 : 1) * kPanel;
+constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 
-static_assert(kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 256, "see kWaves");
+static_assert(kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
 static_assert(kTileN % 16 == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
 static_assert(kColumns % 8 == 0 && kColumns * kSplit == kTileN, "a CTA of a split stores whole registers of wgmma");
 static_assert(kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
-static_assert(kKind != kContiguous || kTileM <= 128 || kClusterM == 1, "both CTAs take a tile of two segments twice");
+static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
 
 }  // namespace fp8gemm

@@ -23,9 +23,10 @@ PTX u32 cluster_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : 
 PTX void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-PTX void cluster_sync_barriers() {               // after fence_barrier_init: nothing else needs to be made visible
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+PTX void cluster_arrive() {                      // after fence_barrier_init: nothing else needs to be made visible
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // The value itself, which the assembler must now keep: it would rather compute it again in each turn of a loop, between
 // two wgmmas. Whole warps.
 PTX u32 keep(u32 value) { return __shfl_sync(0xffffffff, value, threadIdx.x % 32); }
@@ -123,9 +124,9 @@ PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {       
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
-PTX void tma_store(const TensorMap& map, const void* from, int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
-                 :: "l"(&map), "r"(shared_address(from)), "r"(x), "r"(y), "r"(z) : "memory");
+PTX void tma_store(const TensorMap& map, const void* from, int x, int y, int z, int w) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 :: "l"(&map), "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 PTX void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 PTX void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

@@ -46,7 +46,6 @@ public:
 
 private:
     static constexpr int kRows = kTileM * kClusterM;
-    static constexpr int kSecond = 128 / 32;     // of_rows: where a second segment may start
 
     const GemmParams& p;
     int index;                                   // of the next cluster tile
@@ -93,7 +92,7 @@ private:
     }
 
     // Takes the tile ahead: its segment's group, and its rows before the padding, which is marked -1. False if the
-    // cluster has no work there. Segments begin at multiples of 128 rows: a taller tile with a second one is taken again.
+    // cluster has no work there.
     __device__ bool take_segment(Tile& tile) {
         tile = ahead.tile;
         tile.group = ahead.group < p.groups ? ahead.group : -1;
@@ -109,22 +108,8 @@ private:
             tile.alone = work && other >= 0 && tile.group != other;
             if (!work && other >= 0) tile.group = other, work = true;    // the other CTA's: ours only keeps it company
         }
-        if (const int second = second_segment(); second >= 0) {
-            ahead.group = second, ahead.tile.row += 128;
-#pragma unroll
-            for (int i = 0; i < kTileM / 32; ++i)
-                ahead.of_rows[i] = i + kSecond < kTileM / 32 ? ahead.of_rows[i + kSecond] : -1;
-        } else {
-            look_ahead();
-        }
+        look_ahead();
         return work;
-    }
-
-    // The group of the tile ahead's second 128 rows if it is not that of the first; else negative.
-    __device__ int second_segment() const {
-        if constexpr (kTileM <= 128) return -1;                  // (the rest is then never compiled)
-        const int second = __shfl_sync(0xffffffff, ahead.of_rows[kSecond], 0);
-        return second == ahead.group ? -1 : second;
     }
 
     __device__ void load_window(int first) {
