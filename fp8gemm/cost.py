@@ -27,12 +27,12 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_CONFLICT = 1.17  # reads and writes get in each other's way
+SHARED_WRITES = 0.48  # of a write's own cycles
 L2_BYTES_PER_CYCLE = 53.0  # one SM's share
 L2_CONTENTION = 0.0295  # what streaming costs beside anything else: bytes in flight, and power
 L2_MISS = 0.483  # of a missed byte's own cost
-WGMMA_LATENCY, DEEP_LATENCY = 142.0, 192.0
-PROMOTION = 0.95  # cycles of an FMA, which competes with the tensor core for registers
+WGMMA_LATENCY = 110.0
+PROMOTION = 2.2  # cycles of an FMA, which competes with the tensor core for registers
 BARRIERS = 26.0  # a stage's
 STAGE_ISSUE = 18.4
 TMA_ISSUE = 141.0
@@ -75,22 +75,23 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     """Cycles that a CTA needs for 128 of K of its tile; `missed`: bytes of it that come from HBM, on average."""
     consumers = plan.consumers
-    waves = max(plan.tile_m // (64 * consumers), 1)
+    waves = plan.waves
     wgmmas = TILE_K // 32  # m64nNk32
     tensor = 64 * plan.tile_n * 32 / MACS_PER_CYCLE
     reads = (64 + plan.tile_n) * 32 / SHARED_BYTES_PER_CYCLE
     writes = (plan.tile_m + plan.tile_n) * TILE_K / SHARED_BYTES_PER_CYCLE
     multiply, promote = wgmmas * max(tensor, reads), PROMOTION * plan.tile_n / 2
-    if plan.depth == 1:
-        chain = waves * (multiply + WGMMA_LATENCY + promote) + BARRIERS
+    items = waves * plan.turn
+    if plan.two_partials:
+        chain = (items * max(multiply, promote) + promote + WGMMA_LATENCY) / plan.turn + BARRIERS / plan.depth
     else:
-        chain = max(multiply, promote) + DEEP_LATENCY + BARRIERS / plan.depth
+        chain = waves * (multiply + WGMMA_LATENCY + promote) + BARRIERS / plan.depth
     loads = 3 if plan.depth == 1 and plan.tile_m >= 64 else 2  # A, B, and A's scales
     loaded_rows = min(plan.tile_m, -(-rows // 8) * 8) / plan.cluster_n  # a short A is not padded
     streamed = (loaded_rows + plan.tile_n / plan.cluster_m) * TILE_K
     pace = max(
         consumers * waves * multiply,
-        SHARED_CONFLICT * (consumers * waves * wgmmas * reads + writes),
+        consumers * waves * wgmmas * reads + SHARED_WRITES * writes,
         chain,
         (TMA_ISSUE * loads + STAGE_ISSUE) / plan.depth,
         (streamed + L2_MISS * missed) / L2_BYTES_PER_CYCLE,

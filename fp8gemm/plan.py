@@ -65,12 +65,27 @@ class Plan(NamedTuple):
     @property
     def reduction(self) -> str:
         """How K is summed: plans of one reduction give the same bits, so one may replace another between two calls."""
-        return K_ASCENDING if self.split == 1 else f"{self.split} parts of whole {self.depth * TILE_K}s of k"
+        return K_ASCENDING if self.split == 1 else f"{self.split} parts of whole {self.turn * TILE_K}s of k"
 
     @property
     def consumers(self) -> int:
         """Warpgroups that multiply: a wgmma is 64 rows high, and two share a taller tile."""
         return 1 if self.tile_m <= 64 else 3 if self.tile_m == 192 else 2
+
+    @property
+    def waves(self) -> int:
+        """Blocks of 64 rows that each consumer multiplies, one after another."""
+        return max(1, self.tile_m // 64 // self.consumers)
+
+    @property
+    def two_partials(self) -> bool:
+        """Whether registers hold two partial sums at a time, so that one's promotion hides behind the next one's wgmma."""
+        return self.consumers <= 2 and self.tile_n * (self.waves + 2) <= 384
+
+    @property
+    def turn(self) -> int:
+        """Blocks of K that a consumer multiplies at a time."""
+        return 2 if self.two_partials and self.waves == 1 and self.depth == 1 else self.depth
 
     @property
     def threads(self) -> int:
@@ -112,8 +127,8 @@ class Plan(NamedTuple):
             yield f"split {self.split} of K: tile_n {self.tile_n} must be a multiple of {8 * self.split} then"
         if self.depth not in DEPTHS:
             yield f"depth {self.depth}, allowed are {DEPTHS}"
-        if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 96):
-            yield f"depth {self.depth} for a tile of {self.tile_m} x {self.tile_n}, allowed up to 128 x 96"
+        if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 128):
+            yield f"depth {self.depth} for a tile of {self.tile_m} x {self.tile_n}, allowed up to 128 x 128"
         if not 2 <= self.stages <= MAX_STAGES:
             yield f"{self.stages} stages, allowed are 2 to {MAX_STAGES}"
         if self.shared_bytes > device.shared_bytes:

@@ -15,7 +15,7 @@ __device__ u32 panel_offset(int row, int column) {
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = first + warp * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < kColumns / 16; ++j) {      // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
+    for (int j = 0; j < kColumns / 16; ++j) {    // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
         const float* v = &sum[j * 8];
         store_matrix_x4(shared_address(panels[panel]) + panel_offset(row, column), pack_bf16(v[0], v[1]),

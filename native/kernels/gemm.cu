@@ -20,42 +20,13 @@
 #include "plan.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
+#include "storage.cuh"
 #include "wgmma.cuh"
 
 namespace fp8gemm {
 
-constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
-constexpr int kPart = kPartThreads * kColumns / 8;               // float4 that they send to each peer, of 64 rows
-
-struct alignas(1024) Stage {
-    u8 a[kDepth * kTileM * kTileK];
-    u8 b[kDepth * kTileN * kTileK];
-    float scales[kDepth][kScaleSlots];
-    u64 full, empty;
-};
-
-struct SharedStorage {
-    Stage stages[kStages];
-    u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
-    float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
-    u64 parts_full[kConsumers], parts_empty[kConsumers];
-};
-#ifdef SMEM_BYTES
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
-#endif
-
-// The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to
-// addresses and wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core loses.
-struct Ring {
-    u32 offset = 0, phase = 0;
-    __device__ Stage& stage(SharedStorage& s) const {
-        return *reinterpret_cast<Stage*>(reinterpret_cast<u8*>(s.stages) + offset);
-    }
-    __device__ void advance() {
-        offset += sizeof(Stage);
-        if (offset == sizeof(SharedStorage::stages)) { offset = 0; phase ^= 1; }
-    }
-};
+// Blocks of K. Turns are whole: what lies behind K counts as zeros.
+__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
 // A box: rows of one block of K or, where K is whole blocks, of several blocks of a deep stage. For both CTAs of the
@@ -82,17 +53,19 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int a_row = kShareA && !kDeep ? rank * kTileM / 2 : 0, b_row = kShareB && !kDeep ? rank * kRowsB : 0;
     const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
     const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
+    const int blocks = blocks_of_k(p);
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const int group_a = kKind == kMasked ? tile.group : 0;
-        const u32 scale_bytes = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
+        const u32 rows_of_scales = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             if (elect_one()) {
                 u64* full = &stage.full;
+                const u32 scale_bytes = kb < blocks ? rows_of_scales : 0;
                 u8 *a = stage.a + a_row * kTileK, *b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
                 if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
@@ -125,6 +98,7 @@ __device__ int scale_threads(const GemmParams& p) { return p.sa_by_bulk ? 32 : k
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     constexpr int kCopies = (kDepth * kScales + kScaleThreads - 1) / kScaleThreads;
     const int thread = threadIdx.x % 128 - 32, bulk = first_copied_scale(p), count = kScales - bulk;
+    const int blocks = blocks_of_k(p);
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
@@ -148,7 +122,7 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
             barrier_wait(&stage.empty, ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
                 const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
-                const bool good = valid[c] && (kDepth == 1 || kb + j < last_block);
+                const bool good = valid[c] && (kTurn == 1 || kb + j < blocks);
                 if (j < kDepth) copy_async_4(&stage.scales[j][i], good ? from[c] : p.sa, good);  // or zero
                 from[c] += kDepth * (i < kTileM ? p.sa_k : p.sb_k);
             }
@@ -169,8 +143,8 @@ __device__ void release(u32 empty) {
     }
 }
 
-// The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the order
-// of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
+// The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
+// order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
 __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
     constexpr int kRegisters = kColumns / 2;
     const int rank = cluster_rank(), thread = threadIdx.x % 128, lane = thread % 32;
@@ -186,7 +160,8 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;
-        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to), there = remote_address(full, to);
+        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to);
+        const u32 there = remote_address(full, to);
 #pragma unroll
         for (int i = 0; i < kWaves * kRegisters; i += 4)
             store_async_remote(part + i / 4 * kPartThreads * sizeof(float4),
@@ -203,9 +178,10 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
             float4 total;
 #pragma unroll
             for (int from = 0; from < kSplit; ++from) {
-                const float4 part = from == at ? make_float4(own[0], own[1], own[2], own[3])
-                    : s.parts[from - (from > at)][consumer][i / 4 * kPartThreads + thread % kPartThreads];
-                total = from ? make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w) : part;
+                float4 v = make_float4(own[0], own[1], own[2], own[3]);
+                if (from != at)
+                    v = s.parts[from - (from > at)][consumer][i / 4 * kPartThreads + thread % kPartThreads];
+                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
             }
             out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
         }
@@ -215,7 +191,7 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
-    const int first_row = consumer * kWaves * 64;
+    const int first_row = consumer * kWaves * 64, blocks = blocks_of_k(p);
     const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK));
     const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
     const u32 a_block = p.a_box_rows * (kTileK / 16);            // from one block of a deep stage to the next
@@ -240,31 +216,37 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         const int b_split = keep(128 - tile.column % 128);       // columns of the tile before its second B scale
         bool landed = false;
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
-        for (int kb = first_block; kb < last_block; kb += kDepth) {
-            Stage& stage = ring.stage(s);
-            if (!landed) barrier_wait(&stage.full, ring.phase);
-            float scale_a[kItems][2], scale_b[kDepth][2], partial[kPartials][kTileN / 2];
-#pragma unroll
-            for (int j = 0; j < kDepth; ++j) {
-                const float *sa = stage.scales[j] + scales_first, *sb = stage.scales[j] + kTileM;
-                scale_b[j][0] = sb[0], scale_b[j][1] = sb[kSegments > 1];
-                for (int w = 0; w < kWaves; ++w) scale_a[w + j][0] = sa[w * 64], scale_a[w + j][1] = sa[w * 64 + 8];
-            }
+        for (int kb = first_block; kb < last_block; kb += kTurn) {
+            float scale_a[kItems][2], scale_b[kTurn][2], partial[kPartials][kTileN / 2];
             auto promote = [&](int item) {
-                const int w = kDepth > 1 ? 0 : item, j = kDepth > 1 ? item : 0;
-                if (kDepth > 1 && kb + j >= last_block) return;
+                const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item : 0;
+                if (j > 0 && kb + j >= blocks) return;
                 float scale[kSegments][2];
 #pragma unroll
                 for (int i = 0; i < kSegments; ++i)
                     for (int half = 0; half < 2; ++half)
-                        scale[i][half] = scale_a[item][half] * (i == 0 || i * kSegment < b_split ? scale_b[j][0] : scale_b[j][1]);
+                        scale[i][half] = scale_a[item][half] *
+                                         (i == 0 || i * kSegment < b_split ? scale_b[j][0] : scale_b[j][1]);
 #pragma unroll
                 for (int i = 0; i < kTileN / 2; ++i)
                     sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i];
             };
+            u32 used = 0, used_before = 0;                       // `empty` of the last two stages
 #pragma unroll
             for (int item = 0; item < kItems; ++item) {
-                const int w = kDepth > 1 ? 0 : item, j = kDepth > 1 ? item : 0;
+                const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item % kStageItems : 0;
+                if (item % kStageItems == 0) {                   // the first of a stage
+                    Stage& stage = ring.stage(s);
+                    if (item > 0 || !landed) barrier_wait(&stage.full, ring.phase);
+#pragma unroll
+                    for (int i = 0; i < kStageItems; ++i) {
+                        const int wave = kDepth > 1 ? 0 : i, block = kDepth > 1 ? i : 0;
+                        const float *sa = stage.scales[block] + scales_first, *sb = stage.scales[block] + kTileM;
+                        scale_a[item + i][0] = sa[wave * 64], scale_a[item + i][1] = sa[wave * 64 + 8];
+                        if (wave > 0) continue;
+                        scale_b[(item + i) % kTurn][0] = sb[0], scale_b[(item + i) % kTurn][1] = sb[kSegments > 1];
+                    }
+                }
                 const u32 a = a_stage + w * 64 * (kTileK / 16) + j * a_block, b = b_stage + j * kTileN * (kTileK / 16);
                 wgmma_fence();
 #pragma unroll
@@ -272,14 +254,19 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                     Wgmma<kTileN>::mma(partial[item % kPartials], wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k),
                                        k > 0);
                 wgmma_commit();
-                const int done = item - (kPartials - 1);         // the next one's wgmma hides this one's promotion
-                if (done >= 0 && done < kItems - 1) wgmma_wait<kPartials - 1>(), promote(done);
+                if (item % kStageItems == kStageItems - 1) {     // the last
+                    used_before = used, used = empty_first + ring.offset;
+                    ring.advance();
+                    a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
+                }
+                const int done = item - (kPartials - 1);
+                if (done < 0 || done == kItems - 1) continue;
+                wgmma_wait<kPartials - 1>();
+                if (kTurn > kDepth) release(used_before);
+                promote(done);
             }
-            const u32 this_empty = empty_first + ring.offset;
-            ring.advance();
-            a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
             wgmma_wait<0>();
-            release(this_empty);                                 // before the promotion: neither side need wait for it
+            release(used);                                       // before the promotion: neither side need wait for it
             landed = barrier_test(&ring.stage(s).full, ring.phase);
             promote(kItems - 1);
         }
@@ -338,10 +325,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     dependents_launch();
     dependency_wait();                           // nothing above has touched the operands
 
-    // This CTA's share of K, in whole stages.
-    const int rank = kSplit > 1 ? cluster_rank() : 0, blocks = (p.k + kTileK - 1) / kTileK;
-    const int stages = (blocks + kDepth - 1) / kDepth;
-    const int first = stages * rank / kSplit * kDepth, last = min(stages * (rank + 1) / kSplit * kDepth, blocks);
+    // This CTA's share of K, in whole turns.
+    const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
+    const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers > 1) registers_decrease<kConsumers == 2 ? 40 : 32>();
         if (warp % 4 == 0) load_operands(p, s, first, last);

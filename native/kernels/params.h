@@ -20,8 +20,8 @@ struct GemmParams {
     int d_blocked;                               // a box of D holds all panels of a tile: N is whole panels
     int sa_by_bulk;                              // A's scales have rows fastest, in multiples of 16 bytes
     unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
-    // a, b: (k, row, group); of deep stages (k, row, 1, group), blocked (128, row, k / 128, group). d: (n, row, 1, group),
-    // blocked (panel, row, n / panel, group).
+    // a, b: (k, row, group); of deep stages (k, row, 1, group), blocked (128, row, k / 128, group).
+    // d: (n, row, 1, group), blocked (panel, row, n / panel, group).
     TensorMap a, b, d;
     const unsigned char *a_data, *b_data;        // e4m3; the GEMM kernel reads them by the maps
     unsigned short* d_data;                      // bf16

@@ -28,8 +28,12 @@ constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math
 constexpr int kWaves = kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;      // 64-row blocks of each, one after another
 constexpr int kThreads = 128 * (kConsumers + 1);
 
-constexpr int kItems = kWaves * kDepth;                          // of a consumer and stage: 64 rows, a block of K
-constexpr int kPartials = kDepth > 1 ? 2 : 1;                    // partial sums alive at a time
+// A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
+// partial sums at a time, one's promotion hides behind the next one's wgmma.
+constexpr bool kTwoPartials = kConsumers <= 2 && kTileN * (kWaves + 2) <= 384;
+constexpr int kPartials = kTwoPartials ? 2 : 1;
+constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
+constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr int kScales = kTileM + 2;                              // a stage's: of A, one a row; of B, at most two
 constexpr int kScaleSlots = kTileM + 4;                          // bulk copies write at multiples of 16 bytes
@@ -38,6 +42,8 @@ constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
 constexpr int kSegments = kTileN / kSegment;
 constexpr int kColumns = kTileN / kSplit;                        // of the tile, that a CTA stores
+constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
+constexpr int kPart = kPartThreads * kColumns / 8;               // float4 that they send to each peer, of 64 rows
 constexpr int kPanel = greatest_common_divisor(kColumns, 64);    // of these, stored together, swizzled
 constexpr int kPanels = kColumns / kPanel;
 constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
@@ -49,6 +55,7 @@ static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do n
 static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
 static_assert(kColumns % 8 == 0 && kColumns * kSplit == kTileN, "a CTA of a split stores whole registers of wgmma");
 static_assert(kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
+static_assert(kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");
 static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
 
 }  // namespace fp8gemm
