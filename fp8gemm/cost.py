@@ -4,17 +4,18 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
 
     tensor      the wgmmas of its consumers, at the tensor core's rate
     shared      shared memory: what TMA writes and what every wgmma reads (A once for each, B once for each 64 rows)
-    chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Two consumers overlap, one cannot;
-                in a deep stage one block's promotion hides behind the next one's wgmma
+    chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Several consumers overlap, one cannot;
+                with two partial sums one's promotion hides behind the next one's wgmma
     issue       the producer's TMA instructions; a deep stage's blocks come by one each of A and B
-    L2          the bytes that the CTA streams in; a cluster loads what it shares once, and what L2 has to fetch from
-                HBM passes through it a second time
+    ingest      the bytes that arrive at the SM, shared by a cluster or not
+    L2          the bytes that L2 delivers; a cluster loads what it shares once, and what has to come from HBM passes
+                through L2 a second time
 
 and every tile adds its epilogue, every split of K its exchange. Waves come out by themselves: a CTA's number of tiles
 is rounded up. Against all that stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same
-on every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 15,900 measured
-(problem, plan) pairs: seven weights, M = 16 .. 8192, and nine grouped problems. There the default is 2.6% slower than
-the best plan in the geometric mean and 18% at worst (native/README.md).
+on every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 2,333 measured
+(problem, plan) pairs: seven weights, M = 1 .. 4096. There the default is 2.1% slower than the best of these plans in
+the geometric mean and 15% at worst (native/README.md).
 """
 
 import functools
@@ -27,25 +28,26 @@ from .problem import Problem
 
 MACS_PER_CYCLE = 4096  # e4m3, one SM: 8192 FLOP per cycle
 SHARED_BYTES_PER_CYCLE = 128
-SHARED_WRITES = 0.48  # of a write's own cycles
-L2_BYTES_PER_CYCLE = 53.0  # one SM's share
-L2_CONTENTION = 0.0295  # what streaming costs beside anything else: bytes in flight, and power
-L2_MISS = 0.483  # of a missed byte's own cost
-WGMMA_LATENCY = 110.0
-PROMOTION = 2.2  # cycles of an FMA, which competes with the tensor core for registers
-BARRIERS = 26.0  # a stage's
-STAGE_ISSUE = 18.4
-TMA_ISSUE = 141.0
-EPILOGUE = 757.0
-DIRECT_EPILOGUE, DIRECT_COLUMN = 667.0, 2.61
-STORE_BYTES_PER_CYCLE = {64: 59.5, 32: 39.1, 16: 16.6}  # by the columns that a TMA store takes at a time
-LAUNCH = 2610  # until the first stage has landed
-LAUNCH_CLUSTER = 2079
-EXCHANGE, EXCHANGE_COLUMN = 1795, 11.9  # of the sums of a split K, its cluster's launch with it
+SHARED_WRITES = 0.975  # of a write's own cycles
+INGEST_BYTES_PER_CYCLE = 60.0
+L2_BYTES_PER_CYCLE = 105.0  # one SM's share
+L2_CONTENTION = 0.073  # what streaming costs beside anything else: bytes in flight, and power
+L2_MISS = 0.214  # of a missed byte's own cost
+WGMMA_LATENCY = 176.0
+PROMOTION = 2.81  # cycles of an FMA, which competes with the tensor core for registers
+BARRIERS = 57.0  # a stage's
+STAGE_ISSUE = 5.9
+TMA_ISSUE = 162.0
+EPILOGUE = 418.0
+DIRECT_EPILOGUE, DIRECT_COLUMN = 363.0, 2.12
+STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 18.7}  # by the columns of a swizzled panel
+LAUNCH = 3870  # until the first stage has landed, and after the last store
+LAUNCH_SHARED, LAUNCH_SPLIT = 1670, 138  # clusters that share operands, that split K
+EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 947, 14.3  # of the sums of a split K
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.689
-HIDDEN = 0.02  # of what another hides: less of it is still better
+MEMORY_EFFICIENCY = 0.74
+HIDDEN = 0.022  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
 
 
@@ -58,24 +60,21 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     tiles = groups * tiles_m * tiles_n
     per_cta = -(-tiles // clusters)
     k_blocks = -(-problem.k // TILE_K)
-    stages = math.ceil(math.ceil(k_blocks / plan.depth) / plan.split)
+    turns = math.ceil(math.ceil(k_blocks / plan.turn) / plan.split)
     unique = groups * (rows * problem.k + problem.n * problem.k)
     shared_by = plan.cluster_m * plan.cluster_n
     missed = unique / max(tiles * shared_by * k_blocks, 1)
-    compute = per_cta * (stages * plan.depth * block_cycles(plan, rows, missed) + epilogue_cycles(plan))
+    compute = per_cta * (turns * plan.turn * block_cycles(plan, rows, missed) + epilogue_cycles(plan))
 
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
     memory = (unique + groups * rows * problem.n * 2) / bandwidth
-    start: float = LAUNCH + (LAUNCH_CLUSTER if shared_by > 1 else 0)
-    if plan.split > 1:
-        start += EXCHANGE + EXCHANGE_COLUMN * plan.split * plan.tile_n
+    start = LAUNCH + (LAUNCH_SHARED if shared_by > 1 else LAUNCH_SPLIT if plan.split > 1 else 0)
     return start + max(compute, memory) + HIDDEN * min(compute, memory)
 
 
 def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     """Cycles that a CTA needs for 128 of K of its tile; `missed`: bytes of it that come from HBM, on average."""
-    consumers = plan.consumers
-    waves = plan.waves
+    consumers, waves = plan.consumers, plan.waves
     wgmmas = TILE_K // 32  # m64nNk32
     tensor = 64 * plan.tile_n * 32 / MACS_PER_CYCLE
     reads = (64 + plan.tile_n) * 32 / SHARED_BYTES_PER_CYCLE
@@ -87,13 +86,15 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     else:
         chain = waves * (multiply + WGMMA_LATENCY + promote) + BARRIERS / plan.depth
     loads = 3 if plan.depth == 1 and plan.tile_m >= 64 else 2  # A, B, and A's scales
-    loaded_rows = min(plan.tile_m, -(-rows // 8) * 8) / plan.cluster_n  # a short A is not padded
-    streamed = (loaded_rows + plan.tile_n / plan.cluster_m) * TILE_K
+    loaded_rows = min(plan.tile_m, -(-rows // 8) * 8)  # a short A is not padded
+    arriving = (loaded_rows + plan.tile_n) * TILE_K
+    streamed = (loaded_rows / plan.cluster_n + plan.tile_n / plan.cluster_m) * TILE_K
     pace = max(
         consumers * waves * multiply,
         consumers * waves * wgmmas * reads + SHARED_WRITES * writes,
         chain,
         (TMA_ISSUE * loads + STAGE_ISSUE) / plan.depth,
+        arriving / INGEST_BYTES_PER_CYCLE,
         (streamed + L2_MISS * missed) / L2_BYTES_PER_CYCLE,
     )
     return pace + L2_CONTENTION * streamed / L2_BYTES_PER_CYCLE
@@ -101,9 +102,13 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
 
 def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
-    if not plan.staged:
-        return DIRECT_EPILOGUE + DIRECT_COLUMN * plan.tile_n / plan.split
-    return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
+    if plan.staged:
+        return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
+    cycles = DIRECT_EPILOGUE + DIRECT_COLUMN * plan.tile_n / plan.split
+    if plan.split > 1:
+        sent = plan.tile_m * plan.tile_n * 4 * (plan.split - 1) / plan.split
+        cycles += EXCHANGE + sent / EXCHANGE_BYTES_PER_CYCLE
+    return cycles
 
 
 def _groups(problem: Problem) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def test_legal_plan() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tile_m": 16, "cluster_n": 1}, ["tile_m 16, allowed are (32, 64, 128, 256)"]),
+        ({"tile_m": 16, "cluster_n": 1}, ["tile_m 16, allowed are (32, 64, 128, 192, 256)"]),
         ({"tile_m": 32}, ["cluster 1 x 2 for tile_m 32, allowed from 64 on"]),
         ({"tile_n": 24}, ["tile_n 24, allowed are (16, "]),
         ({"tile_n": 176, "stages": 2}, ["tile_n 176, allowed"]),
@@ -49,11 +49,11 @@ def test_legal_plan() -> None:
         ({"cluster_m": 1, "cluster_n": 4}, ["cluster 1 x 4, allowed"]),
         ({"stages": 1}, ["1 stages, allowed are 2 to 16"]),
         ({"stages": 17, "tile_m": 64, "tile_n": 16}, ["17 stages, allowed are 2 to 16"]),
-        ({"split": 5, "cluster_n": 1, "tile_n": 16}, ["split 5, allowed are (1, 2, 3, 4)"]),
+        ({"split": 5, "cluster_n": 1, "tile_n": 80, "stages": 3}, ["split 5, allowed are (1, 2, 3, 4)"]),
+        ({"split": 3, "cluster_n": 1, "stages": 3}, ["split 3 of K", "tile_n 128 must be a multiple of 24"]),
         ({"split": 2, "stages": 2}, ["split 2 of K", "share nothing else"]),
-        ({"split": 2, "cluster_n": 1, "tile_m": 256, "tile_n": 16, "stages": 2}, ["split 2 of K", "tile_m up to 128"]),
         ({"depth": 3, "stages": 2, "tile_n": 64}, ["depth 3, allowed are (1, 2, 4)"]),
-        ({"depth": 2, "stages": 2}, ["depth 2 for a tile of 128 x 128, allowed up to 128 x 96"]),
+        ({"depth": 2, "stages": 2, "tile_n": 144}, ["depth 2 for a tile of 128 x 144, allowed up to 128 x 128"]),
         ({"stages": 7}, ["bytes of shared memory", H100.name, "232448"]),
         ({"num_sms": 1}, ["num_sms 1, allowed are 2 (the cluster) to 132"]),
         ({"num_sms": 133}, ["num_sms 133, allowed are 2 (the cluster) to 132"]),
@@ -105,7 +105,7 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
 
 
 def test_what_follows_from_a_plan() -> None:
-    assert [Plan(m, 16, 2).threads for m in plan.TILE_MS] == [256, 256, 384, 384]
+    assert [Plan(m, 16, 2).threads for m in plan.TILE_MS] == [256, 256, 384, 512, 384]
     passed = GOOD.native()
     for name, value in GOOD._asdict().items():
         assert getattr(passed, name) == (plan.L2_POLICIES[value] if name == "b_policy" else value)

@@ -1,9 +1,56 @@
-// A consumer's sums to D: 64 rows at a time, in the registers where wgmma leaves them (wgmma.cuh), rounded to bf16.
+// From a consumer's sums to D. They lie in the registers where wgmma leaves them (wgmma.cuh). Where K is split, they are
+// first added up across the cluster; then they go to D, rounded to bf16, 64 rows at a time.
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"
+#include "storage.cuh"
 
 namespace fp8gemm {
+
+// The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
+// order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
+__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
+    constexpr int kRegisters = kColumns / 2;
+    const int rank = cluster_rank(), thread = threadIdx.x % 128, lane = thread % 32;
+    u64 *full = &s.parts_full[consumer], *empty = &s.parts_empty[consumer];
+    if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
+    if (round == 0) {
+        cluster_wait();                                          // the peers' barriers are set up
+    } else {                                                     // what they sent is read, and what we sent to them
+        __syncwarp();
+        if (lane < kSplit && lane != rank) barrier_arrive_remote(remote_address(empty, lane));
+        barrier_wait(empty, (round - 1) % 2);
+    }
+#pragma unroll
+    for (int to = 0; to < kSplit; ++to) {
+        if (to == rank || thread >= kPartThreads) continue;
+        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to);
+        const u32 there = remote_address(full, to);
+#pragma unroll
+        for (int i = 0; i < kWaves * kRegisters; i += 4)
+            store_async_remote(part + i / 4 * kPartThreads * sizeof(float4),
+                               &sum[i / kRegisters][to * kRegisters + i % kRegisters], there);
+    }
+    barrier_wait(full, round++ % 2);
+#pragma unroll
+    for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
+        if (at != rank) continue;
+#pragma unroll
+        for (int i = 0; i < kWaves * kRegisters; i += 4) {
+            float* const out = &sum[i / kRegisters][i % kRegisters];
+            const float* const own = out + at * kRegisters;
+            float4 total;
+#pragma unroll
+            for (int from = 0; from < kSplit; ++from) {
+                float4 v = make_float4(own[0], own[1], own[2], own[3]);
+                if (from != at)
+                    v = s.parts[from - (from > at)][consumer][i / 4 * kPartThreads + thread % kPartThreads];
+                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+            }
+            out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
+        }
+    }
+}
 
 // Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of kPanel columns.
 __device__ u32 panel_offset(int row, int column) {

@@ -88,6 +88,22 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     }
 }
 
+// The ring's first fill of B, or this CTA's part of it, into L2: all that may be touched while earlier kernels still
+// run. What they write there yet, L2 will show to the loads.
+__device__ void prefetch_weights(const GemmParams& p, int first_block, int last_block) {
+    constexpr bool kDeep = kDepth > 1, kShareB = kClusterM > 1;
+    const int part = kShareB ? cluster_rank() : 0, blocks = kShareB && kDeep ? kDepth / 2 : kDepth;
+    Scheduler tiles(p);
+    Tile tile;
+    if (!tiles.next(tile) || !elect_one()) return;
+    const int column = tile.column + (kDeep ? 0 : part * kTileN / kClusterM);
+    for (int kb = first_block; kb < min(last_block, first_block + kStages * kDepth); kb += kDepth)
+        for (int j = kDeep ? part * blocks : 0, end = j + blocks; j < end; j += kDeep ? p.b_box_blocks : 1) {
+            if constexpr (!kDeep) tma_prefetch(p.b, kb * kTileK, column, 0);
+            else tma_prefetch(p.b, p.blocked ? 0 : (kb + j) * kTileK, column, p.blocked ? kb + j : 0, 0);
+        }
+}
+
 // ---- producer: scales ----------------------------------------------------------------------------------------------
 // Bulk copies bring A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout,
 // come by four-byte copies, so that no layout needs a transposing pass.
@@ -140,51 +156,6 @@ __device__ void release(u32 empty) {
         if (lane == 0) barrier_arrive(empty);
     } else if (lane < kShare) {
         barrier_arrive_remote(empty);
-    }
-}
-
-// The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
-// order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
-__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
-    constexpr int kRegisters = kColumns / 2;
-    const int rank = cluster_rank(), thread = threadIdx.x % 128, lane = thread % 32;
-    u64 *full = &s.parts_full[consumer], *empty = &s.parts_empty[consumer];
-    if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
-    if (round == 0) {
-        cluster_wait();                                          // the peers' barriers are set up
-    } else {                                                     // what they sent is read, and what we sent to them
-        __syncwarp();
-        if (lane < kSplit && lane != rank) barrier_arrive_remote(remote_address(empty, lane));
-        barrier_wait(empty, (round - 1) % 2);
-    }
-#pragma unroll
-    for (int to = 0; to < kSplit; ++to) {
-        if (to == rank || thread >= kPartThreads) continue;
-        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to);
-        const u32 there = remote_address(full, to);
-#pragma unroll
-        for (int i = 0; i < kWaves * kRegisters; i += 4)
-            store_async_remote(part + i / 4 * kPartThreads * sizeof(float4),
-                               &sum[i / kRegisters][to * kRegisters + i % kRegisters], there);
-    }
-    barrier_wait(full, round++ % 2);
-#pragma unroll
-    for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
-        if (at != rank) continue;
-#pragma unroll
-        for (int i = 0; i < kWaves * kRegisters; i += 4) {
-            float* const out = &sum[i / kRegisters][i % kRegisters];
-            const float* const own = out + at * kRegisters;
-            float4 total;
-#pragma unroll
-            for (int from = 0; from < kSplit; ++from) {
-                float4 v = make_float4(own[0], own[1], own[2], own[3]);
-                if (from != at)
-                    v = s.parts[from - (from > at)][consumer][i / 4 * kPartThreads + thread % kPartThreads];
-                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
-            }
-            out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
-        }
     }
 }
 
@@ -322,12 +293,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
     else if (loads) __syncwarp(), named_barrier_arrive(0, kThreads);
     else named_barrier_sync(0, kThreads);
-    dependents_launch();
-    dependency_wait();                           // nothing above has touched the operands
 
     // This CTA's share of K, in whole turns.
     const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
     const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
+    dependents_launch();
+    if (kKind == kDense && warp == kConsumers * 4 + 3) prefetch_weights(p, first, last);
+    dependency_wait();                           // nothing above has read an operand
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers > 1) registers_decrease<kConsumers == 2 ? 40 : 32>();
         if (warp % 4 == 0) load_operands(p, s, first, last);
