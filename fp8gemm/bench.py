@@ -137,9 +137,7 @@ def plan_job(
 
 def open_bench(where: str | None) -> Workbench:
     """The workbench of "cpu", "cuda:1", or the best there is. Raises BackendUnavailable for a GPU that cannot serve."""
-    if where is None:
-        hoppers = device.hopper_devices()
-        where = f"cuda:{hoppers[0]}" if hoppers else "cpu"
+    where = where or device.best_device()
     return NumpyBench() if where == "cpu" else gpu_bench(int(where.removeprefix("cuda:")))
 
 

@@ -4,8 +4,8 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
 
     tensor      the wgmmas of its consumers, at the tensor core's rate
     shared      shared memory: what TMA writes and what every wgmma reads (A once for each, B once for each 64 rows)
-    chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Several consumers overlap, one cannot;
-                with two partial sums one's promotion hides behind the next one's wgmma
+    chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Several consumers overlap, one
+                cannot; with two partial sums one's promotion hides behind the next one's wgmma
     issue       the producer's TMA instructions; a deep stage's blocks come by one each of A and B
     ingest      the bytes that arrive at the SM, shared by a cluster or not
     L2          the bytes that L2 delivers; a cluster loads what it shares once, and what has to come from HBM passes

@@ -58,6 +58,12 @@ def hopper_devices() -> list[int]:
         return []
 
 
+def best_device() -> str:
+    """The first Hopper GPU of this process, "cuda:1", or without one "cpu"."""
+    hoppers = hopper_devices()
+    return f"cuda:{hoppers[0]}" if hoppers else "cpu"
+
+
 @functools.cache
 def cpu_name() -> str:
     """The processor, in its maker's words if the system tells them."""

@@ -79,8 +79,8 @@ class Plan(NamedTuple):
 
     @property
     def two_partials(self) -> bool:
-        """Whether registers hold two partial sums at a time, so that one's promotion hides behind the next one's wgmma."""
-        return self.consumers <= 2 and self.tile_n * (self.waves + 2) <= 384
+        """Whether registers hold two partial sums at a time: one's promotion then hides behind the next one's wgmma."""
+        return self.consumers <= 2 and self.tile_n * (self.waves + 2) + 32 * self.waves <= 416
 
     @property
     def turn(self) -> int:

@@ -114,30 +114,43 @@ def launched(body: Callable[[], object]) -> list[dict[str, Any]]:
 
 @on_stub_gpus
 def test_a_dense_launch() -> None:
-    call = operands(m=1000, n=4224, k=1040)
+    call = operands(m=4000, n=4224, k=1040)
     (a, sa), (b, sb), d = call.lhs, call.rhs, call.d
     assert call.public() is d  # a miss
     (found,) = launched(lambda: call.without_python())
-    plan = planner.default_plan(Problem(native.DENSE, 1024, 4224, 1040), read_device(0), 132)
+    plan = planner.default_plan(Problem(native.DENSE, 4096, 4224, 1040), read_device(0), 132)
     assert isinstance(plan, Plan)
     assert found["kernel"] == "fp8gemm_gemm"
     assert found["grid"] == [132 // plan.cluster * plan.cluster, 1, 1]
-    assert plan.depth == 1
+    assert (plan.depth, plan.split) == (1, 1)
     assert (found["block"], found["shared"], found["cluster"]) == (plan.threads, plan.shared_bytes, plan.cluster)
     assert found["stream"] == LEGACY_STREAM
     assert found["pointers"] == [x.address if x else 0 for x in (a, sa, b, sb, d, None)]
     assert found["rows"] == [1040, 1, 1040, 9, 4224]
-    assert found["scale_steps"] == [1000, 1]
+    assert found["scale_steps"] == [4000, 1]
     assert found["groups"] == [0] * 5
-    assert found["sizes"] == [1000, 4224, 1040, 1]
+    assert found["sizes"] == [4000, 4224, 1040, 1]
     assert (found["raster"], found["policy"]) == (plan.raster, L2_POLICIES[plan.b_policy])
     assert (found["d_by_tma"], found["sa_by_bulk"]) == (1, 1)
     swizzle_128 = 3
-    assert found["a"][:3] == [a.address, [1040, 1000, 1], [1040, 1040]]
+    assert found["a"][:3] == [a.address, [1040, 4000, 1], [1040, 1040]]
     assert found["a"][3] == [128, plan.tile_m // plan.cluster_n, 1]
     assert found["b"][:4] == [b.address, [1040, 4224, 1], [1040, 1040], [128, plan.tile_n // plan.cluster_m, 1]]
     assert found["a"][5] == found["b"][5] == swizzle_128
-    assert found["d"][:3] == [d.address, [4224, 1000, 1], [8448, 8448]]
+    rows, panels = 64 * plan.waves, plan.tile_n // 64
+    assert found["d"][:4] == [d.address, [64, 4000, 66, 1], [8448, 128, 8448], [64, rows, panels, 1]]
+
+
+@on_stub_gpus
+def test_boxes_of_d() -> None:
+    """One for a whole tile where N is whole panels of it; else one a panel, which TMA clips at N."""
+    for n, shape, strides, panels in ((4224, [64, 1000, 66], [128], 3), (4200, [4200, 1000, 1], [8400], 1)):
+        call = operands(m=1000, n=n, k=1040)
+        call.public()
+        (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.row_scales) == (1024, n, 0)]
+        planner.publish(listed.key, Plan(128, 192, 4, num_sms=132), True)
+        (found,) = launched(call.without_python)
+        assert found["d"][1:4] == [[*shape, 1], [2 * n, *strides, 2 * n], [64, 64, panels, 1]]
 
 
 @on_stub_gpus

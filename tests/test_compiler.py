@@ -212,10 +212,10 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
         assert not {"LDL", "STL"} & set(found), f"{kernel} uses local memory"
         if kernel.source == "gemm.cu":
             macros = dict(kernel.macros)
-            waves = max(1, macros["TILE_M"] // 128)
-            assert found["QGMMA"] % (4 * waves * macros["DEPTH"]) == 0  # four a wave and block of K
+            p = Plan(*(macros[field] for field in ("TILE_M", "TILE_N", "STAGES")), depth=macros["DEPTH"])
+            assert found["QGMMA"] % (4 * p.waves * p.turn) == 0  # four a wave and block of K
             assert {"UTMALDG", "SYNCS"} <= set(found)
-            assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64)
+            assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
             assert "R2UR" not in wgmma_loop(sass), f"{kernel} moves its descriptors to uniform registers"
         else:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fp8gemm import cache, store
-from fp8gemm.errors import Fp8GemmError, StoreError
+from fp8gemm.errors import Fp8GemmError
 from fp8gemm.store import Task
 
-from .sweep import Outcome, Sweep
+from .sweep import Sweep
 from .target import Target, open_target
 from .writer import Writer, holder
 
@@ -132,12 +132,7 @@ class _Work:
         self._say(target, f"tuning {task.name}")
         log(f"tuning {task.name}")
         rest = self._rest if self.share else None
-        try:
-            outcome = Sweep(target, writer, task, self.stop.is_set, lambda _: None, rest=rest).run()
-        except StoreError:
-            raise
-        except Fp8GemmError as error:
-            outcome = Outcome(task, None, 0, str(error).splitlines()[0])
+        outcome = Sweep(target, writer, task, self.stop.is_set, lambda _: None, rest=rest).run()
         self._task = None
         if outcome.winner:
             self._tuned += 1

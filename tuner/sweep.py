@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fp8gemm import store
 from fp8gemm.accuracy import TOLERANCE
-from fp8gemm.errors import Fp8GemmError
+from fp8gemm.errors import Fp8GemmError, StoreError
 from fp8gemm.store import AnyPlan, Task
 
 from . import space
@@ -67,6 +67,15 @@ class Sweep:
         self.recorded: set[AnyPlan] = set()
 
     def run(self) -> Outcome:
+        """A problem that cannot be tuned is an outcome too. Raises StoreError."""
+        try:
+            return self._run()
+        except StoreError:
+            raise
+        except Fp8GemmError as error:
+            return self._nothing(str(error).splitlines()[0])
+
+    def _run(self) -> Outcome:
         plans = space.kernels(self.task, self.target.device, None if self.full else space.MOST)
         plans = self._built(dict.fromkeys([*plans, self.incumbent]))
         if not plans:

@@ -81,9 +81,7 @@ def library_digest() -> str:
 
 def open_target(where: str | None, share: bool = False, memory_bytes: int | None = None) -> Target:
     """ "cpu", "cuda:1", or the best there is. Raises BackendUnavailable for a GPU that cannot serve."""
-    if where is None:
-        hoppers = device.hopper_devices()
-        where = f"cuda:{hoppers[0]}" if hoppers else "cpu"
+    where = where or device.best_device()
     if where == "cpu":
         return CpuTarget()
     from .gpu import GpuTarget

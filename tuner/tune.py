@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from fp8gemm.errors import Fp8GemmError, StoreError
 from fp8gemm.store import Task
 
 from . import space
@@ -60,10 +59,6 @@ def run(
         writer.renew(task)  # so that no daemon measures it too
         try:
             outcome = Sweep(target, writer, task, over, say, full=full).run()
-        except StoreError:
-            raise
-        except Fp8GemmError as error:
-            outcome = Outcome(task, None, 0, str(error).splitlines()[0])
         finally:
             writer.release(task)
         yield outcome

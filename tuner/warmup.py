@@ -52,7 +52,5 @@ def run(names: Sequence[str], where: str | None, say: Callable[[str], None], sto
 
 
 def _device(where: str | None) -> Device:
-    hoppers = device.hopper_devices()
-    if where is None and not hoppers:
-        return bench.H200
-    return device.require_hopper(hoppers[0] if where is None else int(where.removeprefix("cuda:")))
+    best = where or device.best_device()
+    return bench.H200 if best == "cpu" else device.require_hopper(int(best.removeprefix("cuda:")))

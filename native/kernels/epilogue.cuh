@@ -1,5 +1,5 @@
-// From a consumer's sums to D. They lie in the registers where wgmma leaves them (wgmma.cuh). Where K is split, they are
-// first added up across the cluster; then they go to D, rounded to bf16, 64 rows at a time.
+// From a consumer's sums, in the registers where wgmma leaves them (wgmma.cuh), to D. Where K is split, they are first
+// added up across the cluster; then they go to D, rounded to bf16, 64 rows at a time.
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"

@@ -6,7 +6,7 @@
 //
 //   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, and scales where it can; the other
 //              warps bring the rest of the scales
-//   consumers  one or two warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
+//   consumers  one to three warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
 // A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has
 // landed) and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about
@@ -57,6 +57,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
+        dependency_wait();                                       // dense: all before it may run beside earlier kernels
         const int group_a = kKind == kMasked ? tile.group : 0;
         const u32 rows_of_scales = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
@@ -88,22 +89,6 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     }
 }
 
-// The ring's first fill of B, or this CTA's part of it, into L2: all that may be touched while earlier kernels still
-// run. What they write there yet, L2 will show to the loads.
-__device__ void prefetch_weights(const GemmParams& p, int first_block, int last_block) {
-    constexpr bool kDeep = kDepth > 1, kShareB = kClusterM > 1;
-    const int part = kShareB ? cluster_rank() : 0, blocks = kShareB && kDeep ? kDepth / 2 : kDepth;
-    Scheduler tiles(p);
-    Tile tile;
-    if (!tiles.next(tile) || !elect_one()) return;
-    const int column = tile.column + (kDeep ? 0 : part * kTileN / kClusterM);
-    for (int kb = first_block; kb < min(last_block, first_block + kStages * kDepth); kb += kDepth)
-        for (int j = kDeep ? part * blocks : 0, end = j + blocks; j < end; j += kDeep ? p.b_box_blocks : 1) {
-            if constexpr (!kDeep) tma_prefetch(p.b, kb * kTileK, column, 0);
-            else tma_prefetch(p.b, p.blocked ? 0 : (kb + j) * kTileK, column, p.blocked ? kb + j : 0, 0);
-        }
-}
-
 // ---- producer: scales ----------------------------------------------------------------------------------------------
 // Bulk copies bring A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout,
 // come by four-byte copies, so that no layout needs a transposing pass.
@@ -133,6 +118,7 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
             }
             valid[c] &= j < kDepth;
         }
+        dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
@@ -277,29 +263,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
 
-    // The warp that loads sets up the barriers, and goes ahead of the others: until its first load lands, all wait.
+    // The warp that loads sets up the barriers, each lane a stage's, and goes ahead of the others: until its first load
+    // lands, all wait.
     const bool loads = warp == kConsumers * 4;
-    if (loads && elect_one()) {
-        prefetch_map(p.a), prefetch_map(p.b);
-        for (Stage& stage : s.stages) {
-            barrier_init(&stage.full, 1 + scale_threads(p));
-            barrier_init(&stage.empty, kConsumers * 4 * kShare);
+    if (loads) {
+        const int lane = threadIdx.x % 32;
+        if (lane == 0) prefetch_map(p.a), prefetch_map(p.b);
+        if (lane < kStages) {
+            barrier_init(&s.stages[lane].full, 1 + scale_threads(p));
+            barrier_init(&s.stages[lane].empty, kConsumers * 4 * kShare);
         }
-        for (int i = 0; i < kConsumers; ++i)
-            barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], kSplit > 1 ? 4 * (kSplit - 1) : 1);
+        if (lane < kConsumers) {
+            barrier_init(&s.parts_full[lane], 1);
+            barrier_init(&s.parts_empty[lane], kSplit > 1 ? 4 * (kSplit - 1) : 1);
+        }
         fence_barrier_init();
     }
     if (kCluster > 1) __syncwarp(), cluster_arrive();
     if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
     else if (loads) __syncwarp(), named_barrier_arrive(0, kThreads);
     else named_barrier_sync(0, kThreads);
+    dependents_launch();
+    if (kKind != kDense) dependency_wait();      // nothing above has read memory; group sizes come from there
 
     // This CTA's share of K, in whole turns.
     const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
     const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
-    dependents_launch();
-    if (kKind == kDense && warp == kConsumers * 4 + 3) prefetch_weights(p, first, last);
-    dependency_wait();                           // nothing above has read an operand
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers > 1) registers_decrease<kConsumers == 2 ? 40 : 32>();
         if (warp % 4 == 0) load_operands(p, s, first, last);

@@ -30,7 +30,7 @@ constexpr int kThreads = 128 * (kConsumers + 1);
 
 // A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
 // partial sums at a time, one's promotion hides behind the next one's wgmma.
-constexpr bool kTwoPartials = kConsumers <= 2 && kTileN * (kWaves + 2) <= 384;
+constexpr bool kTwoPartials = kConsumers <= 2 && kTileN * (kWaves + 2) + 32 * kWaves <= 416;
 constexpr int kPartials = kTwoPartials ? 2 : 1;
 constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
 constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;

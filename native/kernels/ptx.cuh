@@ -120,14 +120,6 @@ PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z,
                  :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier)),
                     "h"(ranks), "l"(policy) : "memory");
 }
-PTX void tma_prefetch(const TensorMap& map, int x, int y, int z) {               // into L2
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
-                 :: "l"(&map), "r"(x), "r"(y), "r"(z) : "memory");
-}
-PTX void tma_prefetch(const TensorMap& map, int x, int y, int z, int w) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];"
-                 :: "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
 PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {        // contiguous, multiples of 16 bytes
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
