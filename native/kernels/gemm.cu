@@ -25,6 +25,14 @@
 
 namespace fp8gemm {
 
+// Until the barriers are set up: this CTA's, and those of the CTAs that it shares operands with. (Peers that split K
+// meet again at their sums.) Each warp waits as late as it can: its code has to be fetched too.
+__device__ void wait_for_barriers() {
+    __syncwarp();
+    if constexpr (kShare > 1) cluster_wait();
+    else named_barrier_sync(0, kThreads);
+}
+
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
@@ -56,8 +64,11 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int blocks = blocks_of_k(p);
     Ring ring;
     Scheduler tiles(p);
-    for (Tile tile; tiles.next(tile);) {
-        dependency_wait();                                       // dense: all before it may run beside earlier kernels
+    Tile tile;
+    bool more = tiles.next(tile);
+    wait_for_barriers();
+    dependency_wait();                                           // dense: all before it may run beside earlier kernels
+    for (; more; more = tiles.next(tile)) {
         const int group_a = kKind == kMasked ? tile.group : 0;
         const u32 rows_of_scales = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
@@ -92,21 +103,29 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
 // ---- producer: scales ----------------------------------------------------------------------------------------------
 // Bulk copies bring A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout,
 // come by four-byte copies, so that no layout needs a transposing pass.
-__device__ int first_copied_scale(const GemmParams& p) { return p.sa_by_bulk ? kTileM : 0; }
 // Whole warps, though B's scales need two threads: two alone in their warp made short K 8% slower.
 __device__ int scale_threads(const GemmParams& p) { return p.sa_by_bulk ? 32 : kScaleThreads; }
 
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     constexpr int kCopies = (kDepth * kScales + kScaleThreads - 1) / kScaleThreads;
-    const int thread = threadIdx.x % 128 - 32, bulk = first_copied_scale(p), count = kScales - bulk;
-    const int blocks = blocks_of_k(p);
+    const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
+    // Scale i of block j of each stage, for this thread's c-th copy.
+    auto block_of = [&](int c) {
+        const int copy = thread + c * kScaleThreads;
+        return p.sa_by_bulk ? copy / 2 : copy / kScales;         // by constants: divisions take long
+    };
+    auto scale_of = [&](int c) {
+        const int copy = thread + c * kScaleThreads;
+        return p.sa_by_bulk ? kTileM + copy % 2 : copy % kScales;
+    };
     Ring ring;
     Scheduler tiles(p);
+    wait_for_barriers();
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
         bool valid[kCopies];
-        for (int c = 0; c < kCopies; ++c) {                      // this thread's: scale i of block j of each stage
-            const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
+        for (int c = 0; c < kCopies; ++c) {
+            const int i = scale_of(c), j = block_of(c);
             if (i < kTileM) {
                 valid[c] = i < tile.rows;
                 from[c] = p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
@@ -118,12 +137,12 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
             }
             valid[c] &= j < kDepth;
         }
-        dependency_wait();
+        dependency_wait();                                       // of the first tile; then there is nothing to wait for
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
-                const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
+                const int i = scale_of(c), j = block_of(c);
                 const bool good = valid[c] && (kTurn == 1 || kb + j < blocks);
                 if (j < kDepth) copy_async_4(&stage.scales[j][i], good ? from[c] : p.sa, good);  // or zero
                 from[c] += kDepth * (i < kTileM ? p.sa_k : p.sb_k);
@@ -158,6 +177,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
+    wait_for_barriers();
     for (Tile tile; tiles.next(tile);) {
         // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps
         // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
@@ -263,26 +283,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
 
-    // The warp that loads sets up the barriers, each lane a stage's, and goes ahead of the others: until its first load
-    // lands, all wait.
-    const bool loads = warp == kConsumers * 4;
-    if (loads) {
-        const int lane = threadIdx.x % 32;
-        if (lane == 0) prefetch_map(p.a), prefetch_map(p.b);
-        if (lane < kStages) {
-            barrier_init(&s.stages[lane].full, 1 + scale_threads(p));
-            barrier_init(&s.stages[lane].empty, kConsumers * 4 * kShare);
+    if (warp == kConsumers * 4 && elect_one()) prefetch_map(p.a), prefetch_map(p.b);
+    if (warp == 0 && elect_one()) {
+        for (Stage& stage : s.stages) {
+            barrier_init(&stage.full, 1 + scale_threads(p));
+            barrier_init(&stage.empty, kConsumers * 4 * kShare);
         }
-        if (lane < kConsumers) {
-            barrier_init(&s.parts_full[lane], 1);
-            barrier_init(&s.parts_empty[lane], kSplit > 1 ? 4 * (kSplit - 1) : 1);
-        }
+        for (int i = 0; i < kConsumers; ++i)
+            barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], kSplit > 1 ? 4 * (kSplit - 1) : 1);
         fence_barrier_init();
     }
     if (kCluster > 1) __syncwarp(), cluster_arrive();
-    if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
-    else if (loads) __syncwarp(), named_barrier_arrive(0, kThreads);
-    else named_barrier_sync(0, kThreads);
     dependents_launch();
     if (kKind != kDense) dependency_wait();      // nothing above has read memory; group sizes come from there
 
@@ -290,11 +301,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
     const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
     if (warpgroup == kConsumers) {
-        if constexpr (kConsumers > 1) registers_decrease<kConsumers == 2 ? 40 : 32>();
+        if constexpr (kConsumers > 1) registers_decrease<kProducerRegisters>();
         if (warp % 4 == 0) load_operands(p, s, first, last);
         else if ((warp % 4 - 1) * 32 < scale_threads(p)) load_scales(p, s, first, last);
+        else wait_for_barriers();
     } else {
-        if constexpr (kConsumers > 1) registers_increase<kConsumers == 2 ? 232 : 160>();
+        if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
         multiply(p, s, first, last, warpgroup);
     }
     if constexpr (kShare > 1) cluster_sync();    // a peer may still write here or arrive at these barriers
