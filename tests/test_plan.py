@@ -73,12 +73,16 @@ def test_violations(changes: dict[str, Any], words: list[str]) -> None:
     assert found[0] in str(caught.value)
 
 
-def test_violations_of_contiguous_groups() -> None:
-    broken = GOOD._replace(tile_m=256, stages=3)
-    for kind in range(4):
+@each_kind
+def test_violations_of_groups(kind: int) -> None:
+    tall, three = GOOD._replace(tile_m=256, stages=3), GOOD._replace(tile_m=192, stages=3)
+    for broken, word, kinds in (
+        (tall, "aligned to 128 rows only", [native.CONTIGUOUS]),
+        (three, "tile_m 192", [native.CONTIGUOUS, native.RAGGED, native.MASKED]),
+    ):
         found = list(broken.violations(kind, H100))
-        assert len(found) == (kind == native.CONTIGUOUS)
-        assert all("aligned to 128 rows only" in text for text in found)
+        assert len(found) == (kind in kinds)
+        assert all(word in text for text in found)
 
 
 def test_every_violation_is_told() -> None:
@@ -101,6 +105,7 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
     tiles = {(legal.tile_m, legal.tile_n) for legal in space}
     assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS)
     tile_ms = {tile_m for tile_m in plan.TILE_MS if tile_m <= (128 if kind == native.CONTIGUOUS else 256)}
+    tile_ms -= {192} if kind != native.DENSE else set()
     assert {tile_m for tile_m, _ in tiles} == tile_ms - ({256} if gpu.shared_bytes < H100.shared_bytes else set())
 
 

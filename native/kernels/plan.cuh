@@ -27,7 +27,7 @@ constexpr int kDepth = DEPTH;                                    // blocks of K 
 constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math warpgroups
 constexpr int kWaves = kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;      // 64-row blocks of each, one after another
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : 232;
+constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 
 // A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
 // partial sums at a time, one's promotion hides behind the next one's wgmma.
@@ -58,5 +58,6 @@ static_assert(kColumns % 8 == 0 && kColumns * kSplit == kTileN, "a CTA of a spli
 static_assert(kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
 static_assert(kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");
 static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
+static_assert(kKind == kDense || kConsumers <= 2, "three consumers have no registers to look for groups");
 
 }  // namespace fp8gemm
