@@ -52,13 +52,14 @@ DEFAULT_BANDWIDTH = 3.35e12
 
 
 def predict(problem: Problem, plan: Plan, device: Device) -> float:
-    """Cycles that the plan should take."""
+    """Cycles that the plan should take; infinite for a split of K where tiles are more than the clusters that run."""
     groups, rows = _groups(problem)
     tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
     tiles_n = -(-problem.n // (plan.tile_n * plan.cluster_n))
-    clusters = max(round(plan.num_sms * RESIDENT[plan.cluster]) // plan.cluster, 1)
     tiles = groups * tiles_m * tiles_n
-    per_cta = -(-tiles // clusters)
+    per_cta = -(-tiles // clusters(plan))
+    if plan.split > 1 and per_cta > 1:
+        return math.inf
     k_blocks = -(-problem.k // TILE_K)
     turns = math.ceil(math.ceil(k_blocks / plan.turn) / plan.split)
     unique = groups * (rows * problem.k + problem.n * problem.k)
@@ -70,6 +71,11 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     memory = (unique + groups * rows * problem.n * 2) / bandwidth
     start = LAUNCH + (LAUNCH_SHARED if shared_by > 1 else LAUNCH_SPLIT if plan.split > 1 else 0)
     return start + max(compute, memory) + HIDDEN * min(compute, memory)
+
+
+def clusters(plan: Plan) -> int:
+    """How many of the plan's clusters run at a time."""
+    return max(round(plan.num_sms * RESIDENT[plan.cluster]) // plan.cluster, 1)
 
 
 def block_cycles(plan: Plan, rows: int, missed: float) -> float:

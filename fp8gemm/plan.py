@@ -123,6 +123,8 @@ class Plan(NamedTuple):
             yield f"split {self.split}, allowed are {SPLITS}"
         if self.split > 1 and self.cluster_m * self.cluster_n > 1:
             yield f"split {self.split} of K: allowed for CTAs that share nothing else"
+        if self.split > 1 and kind != native.DENSE:
+            yield f"split {self.split} of K for groups: nobody knows on the host whether their tiles are few"
         if self.tile_n % (8 * max(self.split, 1)):
             yield f"split {self.split} of K: tile_n {self.tile_n} must be a multiple of {8 * self.split} then"
         if self.depth not in DEPTHS:

@@ -212,7 +212,7 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
         assert not {"LDL", "STL"} & set(found), f"{kernel} uses local memory"
         if kernel.source == "gemm.cu":
             macros = dict(kernel.macros)
-            p = Plan(*(macros[field] for field in ("TILE_M", "TILE_N", "STAGES")), depth=macros["DEPTH"])
+            p = Plan(macros["TILE_M"], macros["TILE_N"], macros["STAGES"], depth=macros["DEPTH"])
             assert found["QGMMA"] % (4 * p.waves * p.turn) == 0  # four a wave and block of K
             assert {"UTMALDG", "SYNCS"} <= set(found)
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)

@@ -161,6 +161,18 @@ def test_default_plan_is_legal(problem: Problem, gpu: Device, data: st.DataObjec
     assert cost.predict(problem, picked, gpu) == min(cost.predict(problem, p, gpu) for p in others)
 
 
+def test_k_is_split_for_one_wave_only() -> None:
+    """A cluster that splits K has one tile at most, and tiles of groups are not split: nobody can count them."""
+    splits = [p for p in compiled_space(native.DENSE, H100) if p.split > 1]
+    for m, (n, k) in itertools.product((1, 128, 300, 8192), WEIGHTS):
+        for p in splits:
+            tiles = ceil_div(m, p.tile_m) * ceil_div(n, p.tile_n)
+            fits = tiles <= cost.clusters(p)
+            assert (cost.predict(Problem(native.DENSE, m, n, k), p, H100) < math.inf) == fits
+    for kind in (native.CONTIGUOUS, native.RAGGED, native.MASKED):
+        assert {p.split for p in compiled_space(kind, H100)} == {1}
+
+
 @settings(max_examples=150)
 @given(problems, st.sampled_from(HOPPERS), st.data())
 def test_raster(problem: Problem, gpu: Device, data: st.DataObject) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import H100, HOPPERS, WEIGHTS
 
-from fp8gemm import BackendUnavailable, OperandError, backends, native, planner, store
+from fp8gemm import BackendUnavailable, OperandError, backends, cost, native, planner, store
 from fp8gemm.backends import CpuPlan
 from fp8gemm.device import Device
 from fp8gemm.errors import DriverError
@@ -110,6 +110,7 @@ def test_what_a_sweep_tries_is_legal(gpu: Device, kind: int) -> None:
         for plan in [*first, *later]:
             assert not list(plan.violations(kind, gpu))
             assert plan.num_sms <= limit
+            assert math.isfinite(space.predicted(plan, task, gpu) or 0), "K split for more than one wave"
         kernels = {plan.kernel(kind) for plan in first if isinstance(plan, Plan)}
         assert {plan.kernel(kind) for plan in later if isinstance(plan, Plan)} <= kernels, "compiles in a later stage"
 
@@ -118,7 +119,9 @@ def test_the_whole_space() -> None:
     task = Task(Problem(0, 64, 2112, 7168), H100.name, H100.sms, H100.sms)
     whole = space.kernels(task, H100, None)
     tried = {plan.kernel(0) for plan in whole if isinstance(plan, Plan)}
-    assert tried == {plan.kernel(0) for plan in compiled_space(0, H100)}
+    possible = [plan for plan in compiled_space(0, H100) if math.isfinite(cost.predict(task.problem, plan, H100))]
+    assert tried == {plan.kernel(0) for plan in possible}
+    assert 0 < sum(plan.split > 1 for plan in possible) < len(possible) < len(compiled_space(0, H100))
 
 
 # ---- the race -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Each stage keeps the best plans of the one before. Trying everything with everyt
 and, on the problems where it was tried, wins nothing beyond noise.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 
 from fp8gemm import cost, native, planner
@@ -44,9 +45,10 @@ def _ranked(task: Task, device: Device, most: int | None) -> Iterator[Plan]:
         for plan in compiled_space(problem.kind, device)
         if plan.cluster <= task.num_sms
     ]
-    times = {plan: cost.predict(problem, plan, device) for plan in plans}
+    predicted = {plan: cost.predict(problem, plan, device) for plan in plans}
+    times = {plan: time for plan, time in predicted.items() if math.isfinite(time)}
     best = min(times.values())
-    for plan in sorted(plans, key=times.__getitem__):
+    for plan in sorted(times, key=times.__getitem__):
         if most is None or times[plan] <= SLOWEST * best:
             yield plan._replace(raster=cost.raster(problem, plan))
 
@@ -72,7 +74,8 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
         waves = -(-tiles // clusters)
         counts.add(-(-tiles // waves) * plan.cluster)  # as many waves, all but the last full
     usable = {n // plan.cluster * plan.cluster for n in counts}
-    return [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most]
+    found = [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most]
+    return [fewer for fewer in found if fewer.split == 1 or tiles <= cost.clusters(fewer)]
 
 
 def _cluster_tiles(task: Task, plan: Plan) -> int:

@@ -25,14 +25,6 @@
 
 namespace fp8gemm {
 
-// Until the barriers are set up: this CTA's, and those of the CTAs that it shares operands with. (Peers that split K
-// meet again at their sums.) Each warp waits as late as it can: its code has to be fetched too.
-__device__ void wait_for_barriers() {
-    __syncwarp();
-    if constexpr (kShare > 1) cluster_wait();
-    else named_barrier_sync(0, kThreads);
-}
-
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
@@ -64,11 +56,8 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int blocks = blocks_of_k(p);
     Ring ring;
     Scheduler tiles(p);
-    Tile tile;
-    bool more = tiles.next(tile);
-    wait_for_barriers();
-    dependency_wait();                                           // dense: all before it may run beside earlier kernels
-    for (; more; more = tiles.next(tile)) {
+    for (Tile tile; tiles.next(tile);) {
+        dependency_wait();                                       // dense: all before it may run beside earlier kernels
         const int group_a = kKind == kMasked ? tile.group : 0;
         const u32 rows_of_scales = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
@@ -77,7 +66,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
             barrier_wait(&stage.empty, ring.phase ^ 1);
             if (elect_one()) {
                 u64* full = &stage.full;
-                const u32 scale_bytes = kb < blocks ? rows_of_scales : 0;
+                const u32 scale_bytes = kTurn == kDepth || kb < blocks ? rows_of_scales : 0;
                 u8 *a = stage.a + a_row * kTileK, *b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
                 if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
@@ -103,29 +92,21 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
 // ---- producer: scales ----------------------------------------------------------------------------------------------
 // Bulk copies bring A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout,
 // come by four-byte copies, so that no layout needs a transposing pass.
+__device__ int first_copied_scale(const GemmParams& p) { return p.sa_by_bulk ? kTileM : 0; }
 // Whole warps, though B's scales need two threads: two alone in their warp made short K 8% slower.
 __device__ int scale_threads(const GemmParams& p) { return p.sa_by_bulk ? 32 : kScaleThreads; }
 
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     constexpr int kCopies = (kDepth * kScales + kScaleThreads - 1) / kScaleThreads;
-    const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
-    // Scale i of block j of each stage, for this thread's c-th copy.
-    auto block_of = [&](int c) {
-        const int copy = thread + c * kScaleThreads;
-        return p.sa_by_bulk ? copy / 2 : copy / kScales;         // by constants: divisions take long
-    };
-    auto scale_of = [&](int c) {
-        const int copy = thread + c * kScaleThreads;
-        return p.sa_by_bulk ? kTileM + copy % 2 : copy % kScales;
-    };
+    const int thread = threadIdx.x % 128 - 32, bulk = first_copied_scale(p), count = kScales - bulk;
+    const int blocks = blocks_of_k(p);
     Ring ring;
     Scheduler tiles(p);
-    wait_for_barriers();
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
         bool valid[kCopies];
-        for (int c = 0; c < kCopies; ++c) {
-            const int i = scale_of(c), j = block_of(c);
+        for (int c = 0; c < kCopies; ++c) {                      // this thread's: scale i of block j of each stage
+            const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
             if (i < kTileM) {
                 valid[c] = i < tile.rows;
                 from[c] = p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
@@ -137,12 +118,12 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
             }
             valid[c] &= j < kDepth;
         }
-        dependency_wait();                                       // of the first tile; then there is nothing to wait for
+        dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
-                const int i = scale_of(c), j = block_of(c);
+                const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
                 const bool good = valid[c] && (kTurn == 1 || kb + j < blocks);
                 if (j < kDepth) copy_async_4(&stage.scales[j][i], good ? from[c] : p.sa, good);  // or zero
                 from[c] += kDepth * (i < kTileM ? p.sa_k : p.sb_k);
@@ -177,7 +158,6 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
-    wait_for_barriers();
     for (Tile tile; tiles.next(tile);) {
         // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps
         // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
@@ -283,8 +263,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
 
-    if (warp == kConsumers * 4 && elect_one()) prefetch_map(p.a), prefetch_map(p.b);
-    if (warp == 0 && elect_one()) {
+    // The warp that loads sets up the barriers, and goes ahead of the others: until its first load lands, all wait.
+    const bool loads = warp == kConsumers * 4;
+    if (loads && elect_one()) {
+        prefetch_map(p.a), prefetch_map(p.b);
         for (Stage& stage : s.stages) {
             barrier_init(&stage.full, 1 + scale_threads(p));
             barrier_init(&stage.empty, kConsumers * 4 * kShare);
@@ -294,6 +276,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
         fence_barrier_init();
     }
     if (kCluster > 1) __syncwarp(), cluster_arrive();
+    if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
+    else if (loads) __syncwarp(), named_barrier_arrive(0, kThreads);
+    else named_barrier_sync(0, kThreads);
     dependents_launch();
     if (kKind != kDense) dependency_wait();      // nothing above has read memory; group sizes come from there
 
@@ -304,7 +289,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
         if constexpr (kConsumers > 1) registers_decrease<kProducerRegisters>();
         if (warp % 4 == 0) load_operands(p, s, first, last);
         else if ((warp % 4 - 1) * 32 < scale_threads(p)) load_scales(p, s, first, last);
-        else wait_for_barriers();
     } else {
         if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
         multiply(p, s, first, last, warpgroup);

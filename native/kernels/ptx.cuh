@@ -34,6 +34,9 @@ PTX u32 keep_uniform(u32 value) { return __shfl_sync(0xffffffff, value, 0); }   
 PTX void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
+PTX void named_barrier_arrive(int id, int threads) {             // counts as a sync, and does not wait
+    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
 // Programmatic dependent launch. wait: until the kernels before this one are done and their writes can be seen; launch:
 // the next kernel may be set up beside this one.
 PTX void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
