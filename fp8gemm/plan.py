@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """One producer warpgroup, and one consumer warpgroup a 64 rows, two at most."""
+        """One producer warpgroup, and the consumers."""
         return 128 * (1 + self.consumers)
 
     @property
