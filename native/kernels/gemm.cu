@@ -92,41 +92,43 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
 // ---- producer: scales ----------------------------------------------------------------------------------------------
 // Bulk copies bring A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout,
 // come by four-byte copies, so that no layout needs a transposing pass.
-__device__ int first_copied_scale(const GemmParams& p) { return p.sa_by_bulk ? kTileM : 0; }
 // Whole warps, though B's scales need two threads: two alone in their warp made short K 8% slower.
 __device__ int scale_threads(const GemmParams& p) { return p.sa_by_bulk ? 32 : kScaleThreads; }
 
+// The loop over K does what it must and no more: its warps take the consumers' time to issue.
+template <bool kBulk>
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
-    constexpr int kCopies = (kDepth * kScales + kScaleThreads - 1) / kScaleThreads;
-    const int thread = threadIdx.x % 128 - 32, bulk = first_copied_scale(p), count = kScales - bulk;
-    const int blocks = blocks_of_k(p);
+    constexpr int kFirst = kBulk ? kTileM : 0, kCount = kScales - kFirst;        // of a block: those copied here
+    constexpr int kCopies = (kDepth * kCount + kScaleThreads - 1) / kScaleThreads;
+    const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
+    u32 to[kCopies];                                             // this thread's copies: where in a stage; 0: nowhere
+    bool of_b[kCopies];
+    for (int c = 0; c < kCopies; ++c) {
+        const int copy = thread + c * kScaleThreads, j = copy / kCount, i = kFirst + copy % kCount;
+        const u32 slot = sizeof(Stage::a) + sizeof(Stage::b) + (j * kScaleSlots + i) * sizeof(float);
+        to[c] = keep(j < kDepth ? slot : 0), of_b[c] = kBulk || i >= kTileM;
+    }
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
-        bool valid[kCopies];
-        for (int c = 0; c < kCopies; ++c) {                      // this thread's: scale i of block j of each stage
-            const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
-            if (i < kTileM) {
-                valid[c] = i < tile.rows;
-                from[c] = p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
-                          (first_block + j) * p.sa_k;
-            } else {
-                const int block = tile.column / 128 + i - kTileM;
-                valid[c] = block * 128 < p.n;
-                from[c] = p.sb + tile.group * p.sb_group + block * p.sb_row + (first_block + j) * p.sb_k;
-            }
-            valid[c] &= j < kDepth;
+        int end[kCopies];                                        // from this block on zeros
+        for (int c = 0; c < kCopies; ++c) {                      // scale i of block j of each stage
+            const int copy = thread + c * kScaleThreads, j = copy / kCount, i = kFirst + copy % kCount;
+            const int n_block = tile.column / 128 + i - kTileM;
+            const bool exists = i < kTileM ? i < tile.rows : n_block * 128 < p.n;
+            from[c] = i < kTileM ? p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
+                                       (first_block + j) * p.sa_k
+                                 : p.sb + tile.group * p.sb_group + n_block * p.sb_row + (first_block + j) * p.sb_k;
+            end[c] = exists ? blocks - j : 0;
         }
         dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
-                const int copy = thread + c * kScaleThreads, j = copy / count, i = bulk + copy % count;
-                const bool good = valid[c] && (kTurn == 1 || kb + j < blocks);
-                if (j < kDepth) copy_async_4(&stage.scales[j][i], good ? from[c] : p.sa, good);  // or zero
-                from[c] += kDepth * (i < kTileM ? p.sa_k : p.sb_k);
+                if (to[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], kb < end[c]);
+                from[c] += kDepth * (of_b[c] ? p.sb_k : p.sa_k);
             }
             copy_async_arrive(&stage.full);
         }
@@ -288,7 +290,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers > 1) registers_decrease<kProducerRegisters>();
         if (warp % 4 == 0) load_operands(p, s, first, last);
-        else if ((warp % 4 - 1) * 32 < scale_threads(p)) load_scales(p, s, first, last);
+        else if (kDepth == 1 && kTileM >= 64 && p.sa_by_bulk && warp % 4 == 1) load_scales<true>(p, s, first, last);
+        else if (!p.sa_by_bulk) load_scales<false>(p, s, first, last);
     } else {
         if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
         multiply(p, s, first, last, warpgroup);

@@ -27,7 +27,7 @@ constexpr int kDepth = DEPTH;                                    // blocks of K 
 constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math warpgroups
 constexpr int kWaves = kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;      // 64-row blocks of each, one after another
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : 232;
 
 // A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
 // partial sums at a time, one's promotion hides behind the next one's wgmma.

@@ -1,0 +1,82 @@
+// In place of native/kernels/ptx.cuh where one thread at a time runs on the CPU: waits do nothing, copies are written down.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__
+#define __grid_constant__
+#define __shared__
+#define __align__(bytes)
+#define __launch_bounds__(...)
+#define PTX inline
+
+struct Index { int x; };
+inline Index threadIdx, blockIdx, gridDim;
+struct float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+using std::max;
+using std::min;
+
+// A warp of one lane.
+inline void __syncwarp() {}
+inline int __shfl_sync(unsigned, int value, int) { return value; }
+inline int __shfl_up_sync(unsigned, int value, int) { return value; }
+inline unsigned __ballot_sync(unsigned, bool b) { return b; }
+inline bool __any_sync(unsigned, bool b) { return b; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+
+namespace fp8gemm {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+struct Copy { const void *to, *from; bool valid; };              // of four bytes; from null: an arrival at a barrier
+inline std::vector<Copy> copies;
+
+PTX void copy_async_4(void* to, const void* from, bool valid) { copies.push_back({to, from, valid}); }
+PTX void copy_async_arrive(u64* barrier) { copies.push_back({barrier, nullptr, false}); }
+PTX u32 keep(u32 value) { return value; }
+PTX u32 keep_uniform(u32 value) { return value; }
+PTX u32 shared_address(const void*) { return 0; }
+PTX u32 remote_address(const void*, u32) { return 0; }
+PTX bool elect_one() { return true; }
+PTX u32 cluster_rank() { return 0; }
+PTX void cluster_sync() {}
+PTX void cluster_arrive() {}
+PTX void cluster_wait() {}
+PTX void named_barrier_sync(int, int) {}
+PTX void named_barrier_arrive(int, int) {}
+PTX void dependency_wait() {}
+PTX void dependents_launch() {}
+template <int N> PTX void registers_decrease() {}
+template <int N> PTX void registers_increase() {}
+PTX void barrier_init(u64*, u32) {}
+PTX void fence_barrier_init() {}
+PTX void barrier_arrive_expect(u64*, u32) {}
+PTX void barrier_arrive(u32) {}
+PTX void barrier_arrive_remote(u32) {}
+PTX void store_async_remote(u32, const float*, u32) {}
+PTX bool barrier_test(u64*, u32) { return true; }
+PTX void barrier_wait(u64*, u32) {}
+PTX void prefetch_map(const TensorMap&) {}
+template <class... T> PTX void tma_load(T&&...) {}
+template <class... T> PTX void tma_load_multicast(T&&...) {}
+template <class... T> PTX void bulk_load(T&&...) {}
+template <class... T> PTX void tma_store(T&&...) {}
+PTX void tma_store_commit() {}
+PTX void tma_store_wait_read() {}
+PTX void tma_store_wait() {}
+PTX void fence_async_proxy() {}
+PTX u32 pack_bf16(float, float) { return 0; }
+PTX void store_matrix_x4(u32, u32, u32, u32, u32) {}
+
+}  // namespace fp8gemm

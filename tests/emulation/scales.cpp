@@ -1,0 +1,88 @@
+// Runs the kernel's copying of scales thread by thread and checks each copy: from where, to which stage and slot, once.
+#include "params.h"
+#include "ptx.cuh"
+
+#include "gemm.cu"
+
+namespace fp8gemm { u8 shared[1]; }              // of the kernel itself, which is not run
+
+using namespace fp8gemm;
+
+namespace {
+
+[[noreturn]] void fail(const char* what, int thread, int at) {
+    printf("%s: thread %d, copy %d\n", what, thread, at);
+    exit(1);
+}
+
+// What one fill of a stage must hold: of each block, the scale of each row that exists and those of B.
+void check(const GemmParams& p, SharedStorage& s, int row, int column, int kb, const std::vector<std::vector<Copy>>& fills,
+           const Stage& stage) {
+    const int blocks = (p.k + 127) / 128, first = p.sa_by_bulk ? kTileM : 0;
+    std::vector<bool> seen(kDepth * kScaleSlots);
+    for (const auto& copied : fills)
+        for (const Copy& c : copied) {
+            const long slot = static_cast<const float*>(c.to) - &stage.scales[0][0];
+            if (slot < 0 || slot >= kDepth * kScaleSlots) fail("outside of the stage's scales", row, column);
+            const int j = static_cast<int>(slot) / kScaleSlots, i = static_cast<int>(slot) % kScaleSlots;
+            if (seen[slot] || i < first || i >= kScales) fail("copied twice, or not to be copied", j, i);
+            seen[slot] = true;
+            const bool of_a = i < kTileM;
+            const int block = column / 128 + i - kTileM;
+            const bool valid = kb + j < blocks && (of_a ? row + i < p.m : block * 128 < p.n);
+            if (c.valid != valid) fail("wrong validity", j, i);
+            const float* from = of_a ? p.sa + (row + i) * p.sa_row + (kb + j) * p.sa_k : p.sb + block * p.sb_row + (kb + j) * p.sb_k;
+            if (valid && c.from != from) fail("wrong source", j, i);
+        }
+    for (int j = 0; j < kDepth; ++j)
+        for (int i = first; i < kScales; ++i)
+            if (!seen[j * kScaleSlots + i]) fail("not copied", j, i);
+    (void)s;
+}
+
+}  // namespace
+
+int main() {
+    static SharedStorage s;
+    static float scales[1];
+    const int sizes[][3] = {{1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 2 * kTileN + 24, 1040}, {5, 300, 2176}};
+    for (const auto& size : sizes)
+        for (int bulk = 0; bulk < 2; ++bulk) {
+            if (bulk && (kDepth > 1 || kTileM < 64)) continue;   // as launch.cpp decides
+            GemmParams p{};
+            p.m = size[0], p.n = size[1], p.k = size[2], p.groups = 1, p.raster = 2, p.sa_by_bulk = bulk;
+            p.sa = scales, p.sb = scales + (1 << 20);
+            p.sa_row = bulk ? 1 : 1000, p.sa_k = bulk ? 1000 : 3, p.sb_row = 77, p.sb_k = 2;
+            const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn, last = turns * kTurn, stages = last / kDepth;
+            gridDim.x = 2 * kCluster;
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += kCluster) {
+                const int threads = scale_threads(p);
+                std::vector<std::vector<Copy>> of_thread;
+                for (int thread = 0; thread < threads; ++thread) {
+                    threadIdx.x = kConsumers * 128 + 32 + thread;
+                    copies.clear();
+                    if constexpr (kDepth == 1 && kTileM >= 64) bulk ? load_scales<true>(p, s, 0, last) : load_scales<false>(p, s, 0, last);
+                    else load_scales<false>(p, s, 0, last);
+                    of_thread.push_back(copies);
+                }
+                std::vector<size_t> at(threads);
+                Scheduler tiles(p);
+                int fill = 0;
+                for (Tile tile; tiles.next(tile);)
+                    for (int i = 0; i < stages; ++i, ++fill) {
+                        Stage& stage = s.stages[fill % kStages];
+                        std::vector<std::vector<Copy>> fills(threads);
+                        for (int thread = 0; thread < threads; ++thread) {
+                            const auto& all = of_thread[thread];
+                            for (; at[thread] < all.size() && all[at[thread]].from; ++at[thread]) fills[thread].push_back(all[at[thread]]);
+                            if (at[thread] == all.size() || all[at[thread]].to != &stage.full) fail("no arrival", thread, fill);
+                            ++at[thread];
+                        }
+                        check(p, s, tile.row, tile.column, i * kDepth, fills, stage);
+                    }
+                for (int thread = 0; thread < threads; ++thread)
+                    if (at[thread] != of_thread[thread].size()) fail("more than there is", thread, fill);
+            }
+        }
+    printf("ok\n");
+}

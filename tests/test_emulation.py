@@ -1,0 +1,47 @@
+"""Roles of the GEMM kernel that copy single words, run by g++ thread by thread: each copy's source, place and validity.
+
+`tests/emulation` stands in for the kernel's PTX: waits return at once, copies are written down.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fp8gemm import native
+from fp8gemm.plan import Plan
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent / "native" / "kernels"
+EMULATED = ("ptx.cuh", "wgmma.cuh")
+PLANS = [
+    Plan(128, 192, 4),
+    Plan(256, 128, 3),
+    Plan(192, 128, 4),
+    Plan(64, 48, 5, cluster_n=2),
+    Plan(32, 128, 6, split=2),
+    Plan(64, 32, 4, depth=4),
+    Plan(128, 64, 4, cluster_m=2, depth=2),
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel's sources without those that are emulated, which quoted includes would find first."""
+    folder = tmp_path_factory.mktemp("kernels")
+    for path in KERNELS.glob("*.*h"):
+        if path.name not in EMULATED:
+            shutil.copy(path, folder)
+    shutil.copy(KERNELS / "gemm.cu", folder)
+    return folder
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_copies_of_scales(sources: Path, tmp_path: Path, plan: Plan) -> None:
+    program = tmp_path / "scales"
+    macros = [f"-D{name}={value}" for name, value in plan.kernel(native.DENSE).macros]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-Wno-psabi", f"-I{HERE / 'emulation'}", f"-I{sources}", *macros]
+    subprocess.run([*command, str(HERE / "emulation" / "scales.cpp"), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "ok\n")
