@@ -1,6 +1,6 @@
-"""Roles of the GEMM kernel that copy single words, run by g++ thread by thread: each copy's source, place and validity.
+"""The GEMM kernel's producer, compiled by g++ and run thread by thread: what it loads, from where to where.
 
-`tests/emulation` stands in for the kernel's PTX: waits return at once, copies are written down.
+`tests/emulation` stands in for the kernel's PTX: waits return at once, loads and copies are written down.
 """
 
 import shutil
@@ -23,6 +23,9 @@ PLANS = [
     Plan(32, 128, 6, split=2),
     Plan(64, 32, 4, depth=4),
     Plan(128, 64, 4, cluster_m=2, depth=2),
+    Plan(256, 128, 3, cluster_n=2),
+    Plan(128, 192, 4, cluster_m=2),
+    Plan(64, 64, 3, cluster_n=2, depth=4),
 ]
 
 
@@ -37,11 +40,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("role", ["operands", "scales"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_copies_of_scales(sources: Path, tmp_path: Path, plan: Plan) -> None:
-    program = tmp_path / "scales"
+def test_what_is_loaded(sources: Path, tmp_path: Path, plan: Plan, role: str) -> None:
+    program = tmp_path / role
     macros = [f"-D{name}={value}" for name, value in plan.kernel(native.DENSE).macros]
     command = ["g++", "-std=c++20", "-O1", "-w", "-Wno-psabi", f"-I{HERE / 'emulation'}", f"-I{sources}", *macros]
-    subprocess.run([*command, str(HERE / "emulation" / "scales.cpp"), "-o", str(program)], check=True)
+    subprocess.run([*command, str(HERE / "emulation" / f"{role}.cpp"), "-o", str(program)], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "ok\n")

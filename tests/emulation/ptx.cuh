@@ -39,6 +39,20 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+struct TensorMap;
+struct Box {                                                     // loaded by TMA; map null: a bulk copy of x bytes
+    const void* from;
+    const TensorMap* map;
+    void* to;
+    u64* barrier;
+    int x, y, z, w;
+    bool multicast;
+};
+struct Expect { u64* barrier; u32 bytes; size_t boxes; };        // and how many boxes were loaded before
+inline std::vector<Box> boxes;
+inline std::vector<Expect> expects;
+inline u32 rank_in_cluster;
+
 struct Copy { const void *to, *from; bool valid; };              // of four bytes; from null: an arrival at a barrier
 inline std::vector<Copy> copies;
 
@@ -49,7 +63,7 @@ PTX u32 keep_uniform(u32 value) { return value; }
 PTX u32 shared_address(const void*) { return 0; }
 PTX u32 remote_address(const void*, u32) { return 0; }
 PTX bool elect_one() { return true; }
-PTX u32 cluster_rank() { return 0; }
+PTX u32 cluster_rank() { return rank_in_cluster; }
 PTX void cluster_sync() {}
 PTX void cluster_arrive() {}
 PTX void cluster_wait() {}
@@ -61,16 +75,28 @@ template <int N> PTX void registers_decrease() {}
 template <int N> PTX void registers_increase() {}
 PTX void barrier_init(u64*, u32) {}
 PTX void fence_barrier_init() {}
-PTX void barrier_arrive_expect(u64*, u32) {}
+PTX void barrier_arrive_expect(u64* barrier, u32 bytes) { expects.push_back({barrier, bytes, boxes.size()}); }
 PTX void barrier_arrive(u32) {}
 PTX void barrier_arrive_remote(u32) {}
 PTX void store_async_remote(u32, const float*, u32) {}
 PTX bool barrier_test(u64*, u32) { return true; }
 PTX void barrier_wait(u64*, u32) {}
 PTX void prefetch_map(const TensorMap&) {}
-template <class... T> PTX void tma_load(T&&...) {}
-template <class... T> PTX void tma_load_multicast(T&&...) {}
-template <class... T> PTX void bulk_load(T&&...) {}
+PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64) {
+    boxes.push_back({nullptr, &map, to, barrier, x, y, 0, z, false});
+}
+PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64) {
+    boxes.push_back({nullptr, &map, to, barrier, x, y, z, w, false});
+}
+PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64, u16) {
+    boxes.push_back({nullptr, &map, to, barrier, x, y, 0, z, true});
+}
+PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64, u16) {
+    boxes.push_back({nullptr, &map, to, barrier, x, y, z, w, true});
+}
+PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {
+    boxes.push_back({from, nullptr, to, barrier, static_cast<int>(bytes), 0, 0, 0, false});
+}
 template <class... T> PTX void tma_store(T&&...) {}
 PTX void tma_store_commit() {}
 PTX void tma_store_wait_read() {}

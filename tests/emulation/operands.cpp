@@ -1,0 +1,100 @@
+// Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive where,
+// all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too soon).
+#include "params.h"
+#include "ptx.cuh"
+
+#include "gemm.cu"
+
+namespace fp8gemm { u8 shared[1]; }              // of the kernel itself, which is not run
+
+using namespace fp8gemm;
+
+namespace {
+
+[[noreturn]] void fail(const char* what, int at, int x) {
+    printf("%s: %d, %d\n", what, at, x);
+    exit(1);
+}
+
+GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.cpp fills in
+    const bool deep = kDepth > 1;
+    GemmParams p{};
+    p.m = m, p.n = n, p.k = k, p.groups = 1, p.raster = 2, p.sa_by_bulk = bulk, p.sa_k = 1000;
+    p.blocked = deep && k % kTileK == 0;
+    p.a_box_rows = min(kTileM / (deep ? 1 : kClusterN), (m + 7) / 8 * 8);
+    p.a_box_blocks = p.blocked ? kDepth / kClusterN : 1, p.b_box_blocks = p.blocked ? kDepth / kClusterM : 1;
+    return p;
+}
+
+// Marks what a box brings of an operand: the rows and blocks that the tile wants, at their place in the stage. Returns bytes.
+int mark(const GemmParams& p, const Box& box, const u8* operand, int box_rows, int box_blocks, int rows, int row, int kb,
+         std::vector<int>& seen) {
+    const int block = p.blocked ? box.z - kb : box.x / kTileK - kb;
+    if (p.blocked ? box.x != 0 : box.z != 0 || box.x % kTileK) fail("not at a block", box.x, box.z);
+    const long place = (static_cast<u8*>(box.to) - operand) / kTileK;
+    const int first = box.y - row;
+    if (block < 0 || block + box_blocks > kDepth || first < 0) fail("another stage's", block, first);
+    if (place != block * rows + first) fail("at the wrong place", static_cast<int>(place), block);
+    for (int j = 0; j < box_blocks; ++j)
+        for (int i = 0; i < box_rows; ++i) ++seen[(block + j) * rows + first + i];
+    return box_rows * box_blocks * kTileK;
+}
+
+struct Loaded { std::vector<Box> boxes; std::vector<Expect> expects; };
+
+}  // namespace
+
+int main() {
+    static SharedStorage s;
+    static const float scales[1]{};
+    const int sizes[][3] = {{1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 5 * kTileN, 1040}, {2 * kTileM, 3 * kTileN, 2176}};
+    for (const auto& size : sizes)
+        for (int bulk = 0; bulk < 2; ++bulk) {
+            if (bulk && (kDepth > 1 || kTileM < 64)) continue;
+            GemmParams p = make_params(size[0], size[1], size[2], bulk);
+            p.sa = scales;
+            const int blocks = blocks_of_k(p), turns = (blocks + kTurn - 1) / kTurn, last = turns * kTurn;
+            const int a_rows = p.a_box_rows * (kDepth > 1 ? 1 : kClusterN);
+            gridDim.x = 2 * kCluster, blockIdx.x = 0;
+            Loaded by[kShare];
+            for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
+                boxes.clear(), expects.clear();
+                load_operands(p, s, 0, last);
+                by[rank_in_cluster] = {boxes, expects};
+            }
+            for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
+                Scheduler tiles(p);
+                size_t fill = 0;
+                for (Tile tile; tiles.next(tile);)
+                    for (int kb = 0; kb < last; kb += kDepth, ++fill) {
+                        Stage& stage = s.stages[fill % kStages];
+                        std::vector<int> a(kDepth * a_rows), b(kDepth * kTileN);
+                        u32 bytes = 0;
+                        for (u32 from = 0; from < kShare; ++from) {
+                            const Loaded& loaded = by[from];
+                            if (fill >= loaded.expects.size() || loaded.expects[fill].barrier != &stage.full) fail("no stage", fill, from);
+                            const size_t end = fill + 1 < loaded.expects.size() ? loaded.expects[fill + 1].boxes : loaded.boxes.size();
+                            for (size_t i = loaded.expects[fill].boxes; i < end; ++i) {
+                                const Box& box = loaded.boxes[i];
+                                if (box.barrier != &stage.full) fail("another barrier", fill, from);
+                                if (!box.multicast && from != rank_in_cluster) continue;
+                                if (!box.map) {
+                                    if (kb >= blocks || box.to != stage.scales[0]) fail("scales that do not exist", kb, fill);
+                                    if (box.from != p.sa + tile.row + kb * p.sa_k) fail("scales from elsewhere", kb, fill);
+                                    if (box.x != 4 * min(p.m - tile.row, kTileM)) fail("scales of other rows", kb, box.x);
+                                    bytes += box.x;
+                                    continue;
+                                }
+                                if (box.map == &p.a) bytes += mark(p, box, stage.a, p.a_box_rows, p.a_box_blocks, a_rows, tile.row, kb, a);
+                                else bytes += mark(p, box, stage.b, kDepth > 1 ? kTileN : kTileN / kClusterM, p.b_box_blocks, kTileN, tile.column, kb, b);
+                            }
+                        }
+                        for (int x : a) if (x != 1) fail("rows of A that arrive not once", fill, x);
+                        for (int x : b) if (x != 1) fail("rows of B that arrive not once", fill, x);
+                        if (bytes != by[rank_in_cluster].expects[fill].bytes) fail("bytes", bytes, by[rank_in_cluster].expects[fill].bytes);
+                    }
+                if (fill != by[rank_in_cluster].expects.size()) fail("more stages than there are", fill, 0);
+            }
+        }
+    printf("ok\n");
+}
