@@ -1,5 +1,6 @@
-// Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive where,
-// all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too soon).
+// Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive
+// where, all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too
+// soon).
 #include "params.h"
 #include "ptx.cuh"
 
@@ -26,7 +27,7 @@ GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.
     return p;
 }
 
-// Marks what a box brings of an operand: the rows and blocks that the tile wants, at their place in the stage. Returns bytes.
+// Marks what a box brings of an operand: rows and blocks that the tile wants, at their place in the stage. Returns bytes.
 int mark(const GemmParams& p, const Box& box, const u8* operand, int box_rows, int box_blocks, int rows, int row, int kb,
          std::vector<int>& seen) {
     const int block = p.blocked ? box.z - kb : box.x / kTileK - kb;
@@ -47,14 +48,16 @@ struct Loaded { std::vector<Box> boxes; std::vector<Expect> expects; };
 int main() {
     static SharedStorage s;
     static const float scales[1]{};
-    const int sizes[][3] = {{1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 5 * kTileN, 1040}, {2 * kTileM, 3 * kTileN, 2176}};
+    const int sizes[][3] = {
+        {1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 5 * kTileN, 1040}, {2 * kTileM, 3 * kTileN, 2176}};
     for (const auto& size : sizes)
         for (int bulk = 0; bulk < 2; ++bulk) {
             if (bulk && (kDepth > 1 || kTileM < 64)) continue;
             GemmParams p = make_params(size[0], size[1], size[2], bulk);
             p.sa = scales;
             const int blocks = blocks_of_k(p), turns = (blocks + kTurn - 1) / kTurn, last = turns * kTurn;
-            const int a_rows = p.a_box_rows * (kDepth > 1 ? 1 : kClusterN);
+            const int a_rows = kDepth > 1 ? p.a_box_rows : kTileM;       // from one block to the next
+            const int b_box_rows = kDepth > 1 ? kTileN : kTileN / kClusterM;
             gridDim.x = 2 * kCluster, blockIdx.x = 0;
             Loaded by[kShare];
             for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
@@ -72,8 +75,9 @@ int main() {
                         u32 bytes = 0;
                         for (u32 from = 0; from < kShare; ++from) {
                             const Loaded& loaded = by[from];
-                            if (fill >= loaded.expects.size() || loaded.expects[fill].barrier != &stage.full) fail("no stage", fill, from);
-                            const size_t end = fill + 1 < loaded.expects.size() ? loaded.expects[fill + 1].boxes : loaded.boxes.size();
+                            const size_t fills = loaded.expects.size();
+                            if (fill >= fills || loaded.expects[fill].barrier != &stage.full) fail("no stage", fill, from);
+                            const size_t end = fill + 1 < fills ? loaded.expects[fill + 1].boxes : loaded.boxes.size();
                             for (size_t i = loaded.expects[fill].boxes; i < end; ++i) {
                                 const Box& box = loaded.boxes[i];
                                 if (box.barrier != &stage.full) fail("another barrier", fill, from);
@@ -81,17 +85,22 @@ int main() {
                                 if (!box.map) {
                                     if (kb >= blocks || box.to != stage.scales[0]) fail("scales that do not exist", kb, fill);
                                     if (box.from != p.sa + tile.row + kb * p.sa_k) fail("scales from elsewhere", kb, fill);
-                                    if (box.x != 4 * min(p.m - tile.row, kTileM)) fail("scales of other rows", kb, box.x);
+                                    const int rows = min(p.m - tile.row, kTileM);
+                                    if (box.x != 4 * rows) fail("scales of other rows", kb, box.x);
                                     bytes += box.x;
                                     continue;
                                 }
-                                if (box.map == &p.a) bytes += mark(p, box, stage.a, p.a_box_rows, p.a_box_blocks, a_rows, tile.row, kb, a);
-                                else bytes += mark(p, box, stage.b, kDepth > 1 ? kTileN : kTileN / kClusterM, p.b_box_blocks, kTileN, tile.column, kb, b);
+                                bytes += box.map == &p.a
+                                    ? mark(p, box, stage.a, p.a_box_rows, p.a_box_blocks, a_rows, tile.row, kb, a)
+                                    : mark(p, box, stage.b, b_box_rows, p.b_box_blocks, kTileN, tile.column, kb, b);
                             }
                         }
-                        for (int x : a) if (x != 1) fail("rows of A that arrive not once", fill, x);
-                        for (int x : b) if (x != 1) fail("rows of B that arrive not once", fill, x);
-                        if (bytes != by[rank_in_cluster].expects[fill].bytes) fail("bytes", bytes, by[rank_in_cluster].expects[fill].bytes);
+                        for (int i = 0; i < kDepth * a_rows; ++i)        // a box may reach beyond A: zeros
+                            if (a[i] > 1 || (a[i] < 1 && tile.row + i % a_rows < p.m)) fail("a row of A, not once", fill, i);
+                        for (int x : b)
+                            if (x != 1) fail("a row of B, not once", fill, x);
+                        const u32 expected = by[rank_in_cluster].expects[fill].bytes;
+                        if (bytes != expected) fail("bytes", bytes, expected);
                     }
                 if (fill != by[rank_in_cluster].expects.size()) fail("more stages than there are", fill, 0);
             }

@@ -16,7 +16,7 @@ namespace {
 }
 
 // What one fill of a stage must hold: of each block, the scale of each row that exists and those of B.
-void check(const GemmParams& p, SharedStorage& s, int row, int column, int kb, const std::vector<std::vector<Copy>>& fills,
+void check(const GemmParams& p, int row, int column, int kb, const std::vector<std::vector<Copy>>& fills,
            const Stage& stage) {
     const int blocks = (p.k + 127) / 128, first = p.sa_by_bulk ? kTileM : 0;
     std::vector<bool> seen(kDepth * kScaleSlots);
@@ -31,13 +31,13 @@ void check(const GemmParams& p, SharedStorage& s, int row, int column, int kb, c
             const int block = column / 128 + i - kTileM;
             const bool valid = kb + j < blocks && (of_a ? row + i < p.m : block * 128 < p.n);
             if (c.valid != valid) fail("wrong validity", j, i);
-            const float* from = of_a ? p.sa + (row + i) * p.sa_row + (kb + j) * p.sa_k : p.sb + block * p.sb_row + (kb + j) * p.sb_k;
+            const float* from = of_a ? p.sa + (row + i) * p.sa_row + (kb + j) * p.sa_k
+                                     : p.sb + block * p.sb_row + (kb + j) * p.sb_k;
             if (valid && c.from != from) fail("wrong source", j, i);
         }
     for (int j = 0; j < kDepth; ++j)
         for (int i = first; i < kScales; ++i)
             if (!seen[j * kScaleSlots + i]) fail("not copied", j, i);
-    (void)s;
 }
 
 }  // namespace
@@ -61,8 +61,7 @@ int main() {
                 for (int thread = 0; thread < threads; ++thread) {
                     threadIdx.x = kConsumers * 128 + 32 + thread;
                     copies.clear();
-                    if constexpr (kDepth == 1 && kTileM >= 64) bulk ? load_scales<true>(p, s, 0, last) : load_scales<false>(p, s, 0, last);
-                    else load_scales<false>(p, s, 0, last);
+                    bulk ? load_scales<true>(p, s, 0, last) : load_scales<false>(p, s, 0, last);
                     of_thread.push_back(copies);
                 }
                 std::vector<size_t> at(threads);
@@ -74,11 +73,12 @@ int main() {
                         std::vector<std::vector<Copy>> fills(threads);
                         for (int thread = 0; thread < threads; ++thread) {
                             const auto& all = of_thread[thread];
-                            for (; at[thread] < all.size() && all[at[thread]].from; ++at[thread]) fills[thread].push_back(all[at[thread]]);
-                            if (at[thread] == all.size() || all[at[thread]].to != &stage.full) fail("no arrival", thread, fill);
-                            ++at[thread];
+                            size_t& next = at[thread];
+                            for (; next < all.size() && all[next].from; ++next) fills[thread].push_back(all[next]);
+                            if (next == all.size() || all[next].to != &stage.full) fail("no arrival", thread, fill);
+                            ++next;
                         }
-                        check(p, s, tile.row, tile.column, i * kDepth, fills, stage);
+                        check(p, tile.row, tile.column, i * kDepth, fills, stage);
                     }
                 for (int thread = 0; thread < threads; ++thread)
                     if (at[thread] != of_thread[thread].size()) fail("more than there is", thread, fill);
