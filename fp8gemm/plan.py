@@ -14,7 +14,7 @@ from . import native
 from .device import Device
 from .errors import PlanError
 
-SPACE_VERSION = 1  # of the fields of Plan and their meaning: a stored plan of another version is not read
+SPACE_VERSION = 2  # of the fields of Plan and their meaning: a stored plan of another version is not read
 K_ASCENDING = "k ascending"  # the reduction that is batch-invariant: a row's bits depend on nothing but the row
 TILE_K = 128  # one scale block, one swizzled row of shared memory
 
