@@ -53,13 +53,11 @@ DEFAULT_BANDWIDTH = 3.35e12
 
 def predict(problem: Problem, plan: Plan, device: Device) -> float:
     """Cycles that the plan should take; infinite for a split of K where tiles are more than the clusters that run."""
-    groups, rows = _groups(problem)
-    tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
-    tiles_n = -(-problem.n // (plan.tile_n * plan.cluster_n))
-    tiles = groups * tiles_m * tiles_n
-    per_cta = -(-tiles // clusters(plan))
-    if plan.split > 1 and per_cta > 1:
+    if not may_split(problem, plan):
         return math.inf
+    groups, rows = _groups(problem)
+    tiles = _cluster_tiles(problem, plan)
+    per_cta = -(-tiles // clusters(plan))
     k_blocks = -(-problem.k // TILE_K)
     turns = math.ceil(math.ceil(k_blocks / plan.turn) / plan.split)
     unique = groups * (rows * problem.k + problem.n * problem.k)
@@ -71,6 +69,18 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     memory = (unique + groups * rows * problem.n * 2) / bandwidth
     start = LAUNCH + (LAUNCH_SHARED if shared_by > 1 else LAUNCH_SPLIT if plan.split > 1 else 0)
     return start + max(compute, memory) + HIDDEN * min(compute, memory)
+
+
+def may_split(problem: Problem, plan: Plan) -> bool:
+    """False if the plan splits K where clusters would have more than one tile."""
+    return plan.split == 1 or _cluster_tiles(problem, plan) <= clusters(plan)
+
+
+def _cluster_tiles(problem: Problem, plan: Plan) -> int:
+    groups, rows = _groups(problem)
+    tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
+    tiles_n = -(-problem.n // (plan.tile_n * plan.cluster_n))
+    return groups * tiles_m * tiles_n
 
 
 def clusters(plan: Plan) -> int:

@@ -44,7 +44,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_what_is_loaded(sources: Path, tmp_path: Path, plan: Plan, role: str) -> None:
     program = tmp_path / role
-    macros = [f"-D{name}={value}" for name, value in plan.kernel(native.DENSE).macros]
+    facts = dict(plan.kernel(native.DENSE).macros) | {"TURN": plan.turn, "THREADS": plan.threads}
+    macros = [f"-D{name}={value}" for name, value in facts.items()]
     command = ["g++", "-std=c++20", "-O1", "-w", "-Wno-psabi", f"-I{HERE / 'emulation'}", f"-I{sources}", *macros]
     subprocess.run([*command, str(HERE / "emulation" / f"{role}.cpp"), "-o", str(program)], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)

@@ -4,7 +4,6 @@ Each stage keeps the best plans of the one before. Trying everything with everyt
 and, on the problems where it was tried, wins nothing beyond noise.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 
 from fp8gemm import cost, native, planner
@@ -45,8 +44,7 @@ def _ranked(task: Task, device: Device, most: int | None) -> Iterator[Plan]:
         for plan in compiled_space(problem.kind, device)
         if plan.cluster <= task.num_sms
     ]
-    predicted = {plan: cost.predict(problem, plan, device) for plan in plans}
-    times = {plan: time for plan, time in predicted.items() if math.isfinite(time)}
+    times = {plan: cost.predict(problem, plan, device) for plan in plans if cost.may_split(problem, plan)}
     best = min(times.values())
     for plan in sorted(times, key=times.__getitem__):
         if most is None or times[plan] <= SLOWEST * best:
@@ -75,7 +73,7 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
         counts.add(-(-tiles // waves) * plan.cluster)  # as many waves, all but the last full
     usable = {n // plan.cluster * plan.cluster for n in counts}
     found = [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most]
-    return [fewer for fewer in found if fewer.split == 1 or tiles <= cost.clusters(fewer)]
+    return [fewer for fewer in found if cost.may_split(task.problem, fewer)]
 
 
 def _cluster_tiles(task: Task, plan: Plan) -> int:

@@ -162,9 +162,9 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     params.a_box_rows = a.rows, params.a_box_blocks = a.blocks, params.b_box_blocks = b.blocks;
     FP8GEMM_TRY(encode_map(*cu, o->a, a, "a", &params.a));
     FP8GEMM_TRY(encode_map(*cu, o->b, b, "b", &params.b));
-    const int panel = greatest_common_divisor(plan->tile_n, 64), consumer_rows = plan->tile_m == 256 ? 128 : 64;
+    const int panel = greatest_common_divisor(plan->tile_n, 64), consumers = plan->threads / 128 - 1;
     params.d_blocked = p->n % panel == 0;
-    const Box d{panel, consumer_rows, true, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
+    const Box d{panel, plan->tile_m / consumers, true, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
     if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
     const int cluster = plan->cluster_m * plan->cluster_n * plan->split;
     int clusters = plan->num_sms / cluster, resident = clusters;

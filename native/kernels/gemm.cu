@@ -59,14 +59,14 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     for (Tile tile; tiles.next(tile);) {
         dependency_wait();                                       // dense: all before it may run beside earlier kernels
         const int group_a = kKind == kMasked ? tile.group : 0;
-        const u32 rows_of_scales = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
+        const u32 tile_scale_bytes = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             if (elect_one()) {
                 u64* full = &stage.full;
-                const u32 scale_bytes = kTurn == kDepth || kb < blocks ? rows_of_scales : 0;
+                const u32 scale_bytes = kTurn == kDepth || kb < blocks ? tile_scale_bytes : 0;
                 u8 *a = stage.a + a_row * kTileK, *b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
                 if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);

@@ -1,21 +1,9 @@
 // Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive
 // where, all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too
 // soon).
-#include "params.h"
-#include "ptx.cuh"
-
-#include "gemm.cu"
-
-namespace fp8gemm { u8 shared[1]; }              // of the kernel itself, which is not run
-
-using namespace fp8gemm;
+#include "kernel.h"
 
 namespace {
-
-[[noreturn]] void fail(const char* what, int at, int x) {
-    printf("%s: %d, %d\n", what, at, x);
-    exit(1);
-}
 
 GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.cpp fills in
     const bool deep = kDepth > 1;
@@ -52,7 +40,7 @@ int main() {
         {1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 5 * kTileN, 1040}, {2 * kTileM, 3 * kTileN, 2176}};
     for (const auto& size : sizes)
         for (int bulk = 0; bulk < 2; ++bulk) {
-            if (bulk && (kDepth > 1 || kTileM < 64)) continue;
+            if (bulk && !may_be_bulk()) continue;
             GemmParams p = make_params(size[0], size[1], size[2], bulk);
             p.sa = scales;
             const int blocks = blocks_of_k(p), turns = (blocks + kTurn - 1) / kTurn, last = turns * kTurn;

@@ -1,10 +1,8 @@
 // In place of native/kernels/ptx.cuh where one thread at a time runs on the CPU: waits do nothing, copies are written down.
 #pragma once
 #include <algorithm>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #define __device__

@@ -1,24 +1,12 @@
 // Runs the kernel's copying of scales thread by thread and checks each copy: from where, to which stage and slot, once.
-#include "params.h"
-#include "ptx.cuh"
-
-#include "gemm.cu"
-
-namespace fp8gemm { u8 shared[1]; }              // of the kernel itself, which is not run
-
-using namespace fp8gemm;
+#include "kernel.h"
 
 namespace {
-
-[[noreturn]] void fail(const char* what, int thread, int at) {
-    printf("%s: thread %d, copy %d\n", what, thread, at);
-    exit(1);
-}
 
 // What one fill of a stage must hold: of each block, the scale of each row that exists and those of B.
 void check(const GemmParams& p, int row, int column, int kb, const std::vector<std::vector<Copy>>& fills,
            const Stage& stage) {
-    const int blocks = (p.k + 127) / 128, first = p.sa_by_bulk ? kTileM : 0;
+    const int blocks = blocks_of_k(p), first = p.sa_by_bulk ? kTileM : 0;
     std::vector<bool> seen(kDepth * kScaleSlots);
     for (const auto& copied : fills)
         for (const Copy& c : copied) {
@@ -48,7 +36,7 @@ int main() {
     const int sizes[][3] = {{1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 2 * kTileN + 24, 1040}, {5, 300, 2176}};
     for (const auto& size : sizes)
         for (int bulk = 0; bulk < 2; ++bulk) {
-            if (bulk && (kDepth > 1 || kTileM < 64)) continue;   // as launch.cpp decides
+            if (bulk && !may_be_bulk()) continue;
             GemmParams p{};
             p.m = size[0], p.n = size[1], p.k = size[2], p.groups = 1, p.raster = 2, p.sa_by_bulk = bulk;
             p.sa = scales, p.sb = scales + (1 << 20);
