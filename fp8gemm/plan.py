@@ -100,7 +100,7 @@ class Plan(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
-        stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 4) * 4) + 2 * 8
+        stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 8) * 4) + 2 * 8
         columns = self.tile_n // self.split
         parts = (self.split - 1) * self.tile_m * columns * 4 if self.split > 1 else 16 * self.consumers
         d = (self.tile_m if self.staged else 1) * columns * 2

@@ -127,10 +127,10 @@ bool suits_tma(const Tensor& t) {
     return true;
 }
 
-// Scales of A with rows fastest, any four of them in 16 aligned bytes.
+// Scales of A with rows fastest, columns and groups 16 bytes aligned.
 bool suits_bulk_copies(const Tensor& sa) {
     const int row = sa.ndim - 2;
-    if (reinterpret_cast<uintptr_t>(sa.data) % 16 || sa.stride[row] != 1 || sa.shape[row] % 4) return false;
+    if (reinterpret_cast<uintptr_t>(sa.data) % 16 || sa.stride[row] != 1) return false;
     for (int i = 0; i < sa.ndim; ++i)
         if (i != row && sa.shape[i] > 1 && sa.stride[i] % 4) return false;
     return true;
@@ -228,7 +228,7 @@ int fp8gemm_describe(fp8gemm_operands* o, fp8gemm_problem* p) {
                             all[i].name);
     }
     p->inputs_by_tma = suits_tma(o->a) && suits_tma(o->b);
-    p->scales_by_bulk = o->kind != FP8GEMM_RAGGED && suits_bulk_copies(o->sa);       // ragged groups start at any row
+    p->scales_by_bulk = suits_bulk_copies(o->sa);
     // TMA clips at 16 bytes: it would write past a row whose end is not a multiple of them.
     p->output_by_tma = p->n % 8 == 0 && (!given || suits_tma(o->d));
     return FP8GEMM_OK;

@@ -68,7 +68,7 @@ void fp8gemm_make_key(const fp8gemm_problem* p, int64_t expected_m, int batch_in
     key->expected_m = fp8gemm_bucket(std::min<int64_t>(rows, p->m));
     key->batch_invariant = batch_invariant != 0;
     if (!cuda) return;
-    key->row_scales = p->kind != FP8GEMM_RAGGED && !p->scales_by_bulk;           // ragged ones are never copied in bulk
+    key->row_scales = !p->scales_by_bulk;
     key->num_sms = fp8gemm_sm_limit(p->device_id);
 }
 

@@ -4,8 +4,8 @@
 //
 // A persistent, warp-specialised kernel. Each CTA walks over output tiles (scheduler.cuh). Its warps have two roles:
 //
-//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, and scales where it can; the other
-//              warps bring the rest of the scales
+//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, and A's scales where it can; the
+//              other warps bring the rest of the scales
 //   consumers  one to three warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
 // A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has
@@ -27,6 +27,16 @@ namespace fp8gemm {
 
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
+
+// Rows of A's scales: TMA boxes and bulk copies begin and end at multiples of four in memory. What A has behind the last
+// of them is copied apart.
+struct ScaleRows { int first, lead, bulk, rest; };               // lead: of them before the tile, as ragged groups begin
+
+__device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
+    const int lead = kKind == kRagged && p.sa_by_bulk ? tile.row % 4 : 0, first = tile.row - lead;
+    const int rows = max(min(kTileM + (lead ? 4 : 0), p.m - first), 0);
+    return {first, lead, rows & ~3, rows & 3};
+}
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
 // A box: rows of one block of K or, where K is whole blocks, of several blocks of a deep stage. For both CTAs of the
@@ -59,8 +69,8 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     for (Tile tile; tiles.next(tile);) {
         dependency_wait();                                       // dense: all before it may run beside earlier kernels
         const int group_a = kKind == kMasked ? tile.group : 0;
-        const u32 tile_scale_bytes = p.sa_by_bulk ? min(max(p.m - tile.row, 0), kTileM) * sizeof(float) : 0;
-        const float* sa = p.sa + group_a * p.sa_group + tile.row + first_block * p.sa_k;
+        const u32 tile_scale_bytes = p.sa_by_bulk ? scale_rows(p, tile).bulk * sizeof(float) : 0;
+        const float* sa = p.sa + group_a * p.sa_group + scale_rows(p, tile).first + first_block * p.sa_k;
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
@@ -90,23 +100,51 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
 }
 
 // ---- producer: scales ----------------------------------------------------------------------------------------------
-// Bulk copies bring A's scales where rows are fastest in memory. The rest, B's one or two and A's in any other layout,
-// come by four-byte copies, so that no layout needs a transposing pass.
-// Whole warps, though B's scales need two threads: two alone in their warp made short K 8% slower.
-__device__ int scale_threads(const GemmParams& p) { return p.sa_by_bulk ? 32 : kScaleThreads; }
+// Arrivals that a stage waits for: one for all that bulk copies leave over, or one of each thread that copies.
+__device__ int scale_arrivals(const GemmParams& p) { return p.sa_by_bulk ? 1 : kScaleThreads; }
 
-// The loop over K does what it must and no more: its warps take the consumers' time to issue.
-template <bool kBulk>
+// Beside bulk copies of A's scales one warp brings B's one or two, and up to three of A's: a lane each, a block ahead.
+__device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
+    const int lane = threadIdx.x % 32, blocks = min(blocks_of_k(p), last_block);
+    const bool of_b = lane < 2;
+    const u32 full = keep(shared_address(&s.stages[0].full));
+    const long long step = of_b ? p.sb_k : p.sa_k;
+    Ring ring;
+    Scheduler tiles(p);
+    for (Tile tile; tiles.next(tile);) {
+        const ScaleRows rows = scale_rows(p, tile);
+        const int i = of_b ? tile.column / 128 + lane : rows.bulk + lane - 2, slot = of_b ? kScalesOfB + lane : i;
+        const bool exists = of_b ? i * 128 < p.n : lane - 2 < rows.rest;
+        const float* from = of_b ? p.sb + tile.group * p.sb_group + i * p.sb_row + first_block * p.sb_k
+                                 : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + rows.first + i +
+                                       first_block * p.sa_k;
+        dependency_wait();
+        float next = load_float(from, exists && first_block < blocks);
+        for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
+            const float scale = next;
+            from += step;
+            next = load_float(from, exists && kb + 1 < blocks);
+            Stage& stage = ring.stage(s);
+            barrier_wait(&stage.empty, ring.phase ^ 1);
+            if (of_b || exists) store_float(&stage.scales[0][slot], scale);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(full + ring.offset);
+        }
+    }
+}
+
+// Where A's scales don't suit bulk copies, every scale comes by a four-byte copy, so that no layout needs a transposing
+// pass. The loop over K does what it must and no more: its warps take the consumers' time to issue.
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
-    constexpr int kFirst = kBulk ? kTileM : 0, kCount = kScales - kFirst;        // of a block: those copied here
-    constexpr int kCopies = (kDepth * kCount + kScaleThreads - 1) / kScaleThreads;
+    constexpr int kCount = kTileM + 2, kCopies = (kDepth * kCount + kScaleThreads - 1) / kScaleThreads;  // of a block
     const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
     u32 to[kCopies];                                             // this thread's copies: where in a stage; 0: nowhere
     bool of_b[kCopies];
     for (int c = 0; c < kCopies; ++c) {
-        const int copy = thread + c * kScaleThreads, j = copy / kCount, i = kFirst + copy % kCount;
-        const u32 slot = sizeof(Stage::a) + sizeof(Stage::b) + (j * kScaleSlots + i) * sizeof(float);
-        to[c] = keep(j < kDepth ? slot : 0), of_b[c] = kBulk || i >= kTileM;
+        const int copy = thread + c * kScaleThreads, j = copy / kCount, i = copy % kCount;
+        of_b[c] = i >= kTileM;
+        const u32 slot = j * kScaleSlots + (of_b[c] ? kScalesOfB + i - kTileM : i);
+        to[c] = keep(j < kDepth ? sizeof(Stage::a) + sizeof(Stage::b) + slot * sizeof(float) : 0);
     }
     Ring ring;
     Scheduler tiles(p);
@@ -114,7 +152,7 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
         const float* from[kCopies];
         int end[kCopies];                                        // from this block on zeros
         for (int c = 0; c < kCopies; ++c) {                      // scale i of block j of each stage
-            const int copy = thread + c * kScaleThreads, j = copy / kCount, i = kFirst + copy % kCount;
+            const int copy = thread + c * kScaleThreads, j = copy / kCount, i = copy % kCount;
             const int n_block = tile.column / 128 + i - kTileM;
             const bool exists = i < kTileM ? i < tile.rows : n_block * 128 < p.n;
             from[c] = i < kTileM ? p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
@@ -173,6 +211,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 
         float sum[kWaves][kTileN / 2] = {};
         const int b_split = keep(128 - tile.column % 128);       // columns of the tile before its second B scale
+        const u32 scales = scales_first + scale_rows(p, tile).lead;
         bool landed = false;
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         for (int kb = first_block; kb < last_block; kb += kTurn) {
@@ -200,7 +239,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 #pragma unroll
                     for (int i = 0; i < kStageItems; ++i) {
                         const int wave = kDepth > 1 ? 0 : i, block = kDepth > 1 ? i : 0;
-                        const float *sa = stage.scales[block] + scales_first, *sb = stage.scales[block] + kTileM;
+                        const float *sa = stage.scales[block] + scales, *sb = stage.scales[block] + kScalesOfB;
                         scale_a[item + i][0] = sa[wave * 64], scale_a[item + i][1] = sa[wave * 64 + 8];
                         if (wave > 0) continue;
                         scale_b[(item + i) % kTurn][0] = sb[0], scale_b[(item + i) % kTurn][1] = sb[kSegments > 1];
@@ -270,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     if (loads && elect_one()) {
         prefetch_map(p.a), prefetch_map(p.b);
         for (Stage& stage : s.stages) {
-            barrier_init(&stage.full, 1 + scale_threads(p));
+            barrier_init(&stage.full, 1 + scale_arrivals(p));
             barrier_init(&stage.empty, kConsumers * 4 * kShare);
         }
         for (int i = 0; i < kConsumers; ++i)
@@ -290,8 +329,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers > 1) registers_decrease<kProducerRegisters>();
         if (warp % 4 == 0) load_operands(p, s, first, last);
-        else if (kDepth == 1 && kTileM >= 64 && p.sa_by_bulk && warp % 4 == 1) load_scales<true>(p, s, first, last);
-        else if (!p.sa_by_bulk) load_scales<false>(p, s, first, last);
+        else if (!p.sa_by_bulk) load_scales(p, s, first, last);
+        else if (kBulkScales && warp % 4 == 1) load_other_scales(p, s, first, last);
     } else {
         if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
         multiply(p, s, first, last, warpgroup);

@@ -36,8 +36,8 @@ constexpr int kPartials = kTwoPartials ? 2 : 1;
 constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
 constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
 constexpr int kScaleThreads = 96;                                // of the producer
-constexpr int kScales = kTileM + 2;                              // a stage's: of A, one a row; of B, at most two
-constexpr int kScaleSlots = kTileM + 4;                          // bulk copies write at multiples of 16 bytes
+constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies, of multiples of 16 bytes
+constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, of B at most two
 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale

@@ -142,6 +142,15 @@ PTX void copy_async_arrive(u64* barrier) {                       // arrives when
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
 
+PTX float load_float(const float* from, bool valid) {            // from global memory; 0 if not valid
+    float v = 0;
+    if (valid) asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
+    return v;
+}
+PTX void store_float(float* to, float v) {                       // to shared memory
+    asm volatile("st.shared.f32 [%0], %1;" :: "r"(shared_address(to)), "f"(v) : "memory");
+}
+
 // ---- registers -> shared memory ------------------------------------------------------------------------------------
 PTX u32 pack_bf16(float low, float high) {
     u32 r;

@@ -15,5 +15,3 @@ static_assert(kTurn == TURN && kThreads == THREADS, "fp8gemm/plan.py and plan.cu
     printf("%s: %d, %d\n", what, at, x);
     exit(1);
 }
-
-inline bool may_be_bulk() { return kDepth == 1 && kTileM >= 64; }        // A's scales, as launch.cpp decides

@@ -21,14 +21,15 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 using std::max;
 using std::min;
 
-// A warp of one lane.
-inline void __syncwarp() {}
 inline int __shfl_sync(unsigned, int value, int) { return value; }
 inline int __shfl_up_sync(unsigned, int value, int) { return value; }
 inline unsigned __ballot_sync(unsigned, bool b) { return b; }
 inline bool __any_sync(unsigned, bool b) { return b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+
+// A warp of one lane, which tells where its turns end.
+inline void __syncwarp();
 
 namespace fp8gemm {
 
@@ -51,11 +52,23 @@ inline std::vector<Box> boxes;
 inline std::vector<Expect> expects;
 inline u32 rank_in_cluster;
 
-struct Copy { const void *to, *from; bool valid; };              // of four bytes; from null: an arrival at a barrier
+struct Copy { const void *to, *from; bool valid; };              // of four bytes; to null: the end of a turn
 inline std::vector<Copy> copies;
 
+struct Load { const float* from; };                              // load_float returns which one it was, from 1 on
+inline std::vector<Load> loads;
+inline std::vector<u32> arrivals;                                // at barriers, by their offset from the first stage's
+
+PTX float load_float(const float* from, bool valid) {
+    if (!valid) return 0;
+    loads.push_back({from});
+    return static_cast<float>(loads.size());
+}
+PTX void store_float(float* to, float v) {
+    copies.push_back({to, v ? loads[static_cast<size_t>(v) - 1].from : nullptr, v != 0});
+}
 PTX void copy_async_4(void* to, const void* from, bool valid) { copies.push_back({to, from, valid}); }
-PTX void copy_async_arrive(u64* barrier) { copies.push_back({barrier, nullptr, false}); }
+PTX void copy_async_arrive(u64* barrier) { copies.push_back({nullptr, barrier, false}); }
 PTX u32 keep(u32 value) { return value; }
 PTX u32 keep_uniform(u32 value) { return value; }
 PTX u32 shared_address(const void*) { return 0; }
@@ -74,7 +87,7 @@ template <int N> PTX void registers_increase() {}
 PTX void barrier_init(u64*, u32) {}
 PTX void fence_barrier_init() {}
 PTX void barrier_arrive_expect(u64* barrier, u32 bytes) { expects.push_back({barrier, bytes, boxes.size()}); }
-PTX void barrier_arrive(u32) {}
+PTX void barrier_arrive(u32 barrier) { arrivals.push_back(barrier); }
 PTX void barrier_arrive_remote(u32) {}
 PTX void store_async_remote(u32, const float*, u32) {}
 PTX bool barrier_test(u64*, u32) { return true; }
@@ -104,3 +117,5 @@ PTX u32 pack_bf16(float, float) { return 0; }
 PTX void store_matrix_x4(u32, u32, u32, u32, u32) {}
 
 }  // namespace fp8gemm
+
+inline void __syncwarp() { fp8gemm::copies.push_back({nullptr, nullptr, false}); }

@@ -3,29 +3,33 @@
 
 namespace {
 
-// What one fill of a stage must hold: of each block, the scale of each row that exists and those of B.
-void check(const GemmParams& p, int row, int column, int kb, const std::vector<std::vector<Copy>>& fills,
-           const Stage& stage) {
-    const int blocks = blocks_of_k(p), first = p.sa_by_bulk ? kTileM : 0;
+// What one fill of a stage must hold: of each block, the scale of each row that exists and those of B; of A's all but
+// what bulk copies bring.
+void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std::vector<Copy>>& fills, const Stage& stage) {
+    const int blocks = blocks_of_k(p), bulk = p.sa_by_bulk ? min(kTileM, max(p.m - tile.row, 0)) / 4 * 4 : 0;
+    const int last = p.sa_by_bulk ? min(kTileM, max(p.m - tile.row, 0)) : kTileM;
     std::vector<bool> seen(kDepth * kScaleSlots);
     for (const auto& copied : fills)
         for (const Copy& c : copied) {
             const long slot = static_cast<const float*>(c.to) - &stage.scales[0][0];
-            if (slot < 0 || slot >= kDepth * kScaleSlots) fail("outside of the stage's scales", row, column);
+            if (slot < 0 || slot >= kDepth * kScaleSlots) fail("outside of the stage's scales", tile.row, tile.column);
             const int j = static_cast<int>(slot) / kScaleSlots, i = static_cast<int>(slot) % kScaleSlots;
-            if (seen[slot] || i < first || i >= kScales) fail("copied twice, or not to be copied", j, i);
-            seen[slot] = true;
             const bool of_a = i < kTileM;
-            const int block = column / 128 + i - kTileM;
-            const bool valid = kb + j < blocks && (of_a ? row + i < p.m : block * 128 < p.n);
+            const int of_b = i - kScalesOfB, block = tile.column / 128 + of_b;
+            if (seen[slot] || (of_a ? i < bulk || i >= last : of_b < 0 || of_b > 1)) fail("copied twice, or not to be copied", j, i);
+            seen[slot] = true;
+            const bool valid = kb + j < blocks && (of_a ? tile.row + i < p.m : block * 128 < p.n);
             if (c.valid != valid) fail("wrong validity", j, i);
-            const float* from = of_a ? p.sa + (row + i) * p.sa_row + (kb + j) * p.sa_k
+            const float* from = of_a ? p.sa + (tile.row + i) * p.sa_row + (kb + j) * p.sa_k
                                      : p.sb + block * p.sb_row + (kb + j) * p.sb_k;
             if (valid && c.from != from) fail("wrong source", j, i);
         }
-    for (int j = 0; j < kDepth; ++j)
-        for (int i = first; i < kScales; ++i)
-            if (!seen[j * kScaleSlots + i]) fail("not copied", j, i);
+    for (int j = 0; j < kDepth; ++j) {
+        for (int i = bulk; i < last; ++i)
+            if (!seen[j * kScaleSlots + i]) fail("A's not copied", j, i);
+        for (int i = 0; i < 2; ++i)
+            if (!seen[j * kScaleSlots + kScalesOfB + i]) fail("B's not copied", j, i);
+    }
 }
 
 }  // namespace
@@ -36,7 +40,7 @@ int main() {
     const int sizes[][3] = {{1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 2 * kTileN + 24, 1040}, {5, 300, 2176}};
     for (const auto& size : sizes)
         for (int bulk = 0; bulk < 2; ++bulk) {
-            if (bulk && !may_be_bulk()) continue;
+            if (bulk && !kBulkScales) continue;
             GemmParams p{};
             p.m = size[0], p.n = size[1], p.k = size[2], p.groups = 1, p.raster = 2, p.sa_by_bulk = bulk;
             p.sa = scales, p.sb = scales + (1 << 20);
@@ -44,17 +48,18 @@ int main() {
             const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn, last = turns * kTurn, stages = last / kDepth;
             gridDim.x = 2 * kCluster;
             for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += kCluster) {
-                const int threads = scale_threads(p);
+                const int threads = bulk ? 32 : kScaleThreads;
                 std::vector<std::vector<Copy>> of_thread;
+                arrivals.clear();
                 for (int thread = 0; thread < threads; ++thread) {
                     threadIdx.x = kConsumers * 128 + 32 + thread;
-                    copies.clear();
-                    bulk ? load_scales<true>(p, s, 0, last) : load_scales<false>(p, s, 0, last);
+                    copies.clear(), loads.clear();
+                    bulk ? load_other_scales(p, s, 0, last) : load_scales(p, s, 0, last);
                     of_thread.push_back(copies);
                 }
                 std::vector<size_t> at(threads);
                 Scheduler tiles(p);
-                int fill = 0;
+                size_t fill = 0;
                 for (Tile tile; tiles.next(tile);)
                     for (int i = 0; i < stages; ++i, ++fill) {
                         Stage& stage = s.stages[fill % kStages];
@@ -62,12 +67,16 @@ int main() {
                         for (int thread = 0; thread < threads; ++thread) {
                             const auto& all = of_thread[thread];
                             size_t& next = at[thread];
-                            for (; next < all.size() && all[next].from; ++next) fills[thread].push_back(all[next]);
-                            if (next == all.size() || all[next].to != &stage.full) fail("no arrival", thread, fill);
+                            for (; next < all.size() && all[next].to; ++next) fills[thread].push_back(all[next]);
+                            if (next == all.size()) fail("no end", thread, fill);
+                            if (!bulk && all[next].from != &stage.full) fail("another arrival", thread, fill);
                             ++next;
                         }
-                        check(p, tile.row, tile.column, i * kDepth, fills, stage);
+                        if (bulk && (fill >= arrivals.size() || arrivals[fill] != fill % kStages * sizeof(Stage)))
+                            fail("no arrival", fill, 0);
+                        check(p, tile, i * kDepth, fills, stage);
                     }
+                if (bulk && fill != arrivals.size()) fail("more arrivals than there are stages", fill, 0);
                 for (int thread = 0; thread < threads; ++thread)
                     if (at[thread] != of_thread[thread].size()) fail("more than there is", thread, fill);
             }
