@@ -41,7 +41,8 @@ TMA_ISSUE = 162.0
 EPILOGUE = 418.0
 DIRECT_EPILOGUE, DIRECT_COLUMN = 363.0, 2.12
 STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 18.7}  # by the columns of a swizzled panel
-LAUNCH = 3870  # until the first stage has landed, and after the last store
+LAUNCH = 3020  # until the first stage has landed, and after the last store
+BYTES_AHEAD, CYCLES_PER_BYTE_AHEAD = 64 << 10, 0.0078  # the queue that all SMs' first stages are at the memory
 LAUNCH_SHARED, LAUNCH_SPLIT = 1670, 138  # clusters that share operands, that split K
 EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 947, 14.3  # of the sums of a split K
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
@@ -68,6 +69,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
     memory = (unique + groups * rows * problem.n * 2) / bandwidth
     start = LAUNCH + (LAUNCH_SHARED if shared_by > 1 else LAUNCH_SPLIT if plan.split > 1 else 0)
+    start += CYCLES_PER_BYTE_AHEAD * max(plan.stages * plan.depth * _loaded_bytes(plan, rows) - BYTES_AHEAD, 0)
     return start + max(compute, memory) + HIDDEN * min(compute, memory)
 
 
@@ -92,19 +94,22 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     """Cycles that a CTA needs for 128 of K of its tile; `missed`: bytes of it that come from HBM, on average."""
     consumers, waves = plan.consumers, plan.waves
     wgmmas = TILE_K // 32  # m64nNk32
-    tensor = 64 * plan.tile_n * 32 / MACS_PER_CYCLE
-    reads = (64 + plan.tile_n) * 32 / SHARED_BYTES_PER_CYCLE
+    columns = plan.tile_m if plan.swap_ab else plan.tile_n  # of a wgmma
+    tensor = 64 * columns * 32 / MACS_PER_CYCLE
+    reads = (64 + columns) * 32 / SHARED_BYTES_PER_CYCLE
     writes = (plan.tile_m + plan.tile_n) * TILE_K / SHARED_BYTES_PER_CYCLE
-    multiply, promote = wgmmas * max(tensor, reads), PROMOTION * plan.tile_n / 2
+    multiply, promote = wgmmas * max(tensor, reads), PROMOTION * columns / 2
     items = waves * plan.turn
     if plan.two_partials:
         chain = (items * max(multiply, promote) + promote + WGMMA_LATENCY) / plan.turn + BARRIERS / plan.depth
+    elif plan.swap_ab:
+        chain = waves * (multiply + promote) + (WGMMA_LATENCY + BARRIERS) / plan.depth
     else:
         chain = waves * (multiply + WGMMA_LATENCY + promote) + BARRIERS / plan.depth
     loads = 3 if plan.depth == 1 and plan.tile_m >= 64 else 2  # A, B, and A's scales
-    loaded_rows = min(plan.tile_m, -(-rows // 8) * 8)  # a short A is not padded
-    arriving = (loaded_rows + plan.tile_n) * TILE_K
-    streamed = (loaded_rows / plan.cluster_n + plan.tile_n / plan.cluster_m) * TILE_K
+    arriving = _loaded_bytes(plan, rows)
+    streamed = arriving - (arriving - plan.tile_n * TILE_K) * (1 - 1 / plan.cluster_n)
+    streamed -= plan.tile_n * TILE_K * (1 - 1 / plan.cluster_m)
     pace = max(
         consumers * waves * multiply,
         consumers * waves * wgmmas * reads + SHARED_WRITES * writes,
@@ -114,6 +119,11 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
         (streamed + L2_MISS * missed) / L2_BYTES_PER_CYCLE,
     )
     return pace + L2_CONTENTION * streamed / L2_BYTES_PER_CYCLE
+
+
+def _loaded_bytes(plan: Plan, rows: int) -> int:
+    """Of A and B for a block of K of a CTA's tile. A short A is not padded."""
+    return (min(plan.tile_m, -(-rows // 8) * 8) + plan.tile_n) * TILE_K
 
 
 def epilogue_cycles(plan: Plan) -> float:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from . import errors
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 CPU, CUDA = 1, 2  # DLPack device types
 DENSE, CONTIGUOUS, RAGGED, MASKED = range(4)  # kinds
 
@@ -71,6 +71,7 @@ class Plan(Structure):
             "cluster_n",
             "depth",
             "split",
+            "swap_ab",
             "shared_bytes",
             "threads",
             "num_sms",

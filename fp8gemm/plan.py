@@ -14,7 +14,7 @@ from . import native
 from .device import Device
 from .errors import PlanError
 
-SPACE_VERSION = 2  # of the fields of Plan and their meaning: a stored plan of another version is not read
+SPACE_VERSION = 3  # of the fields of Plan and their meaning: a stored plan of another version is not read
 K_ASCENDING = "k ascending"  # the reduction that is batch-invariant: a row's bits depend on nothing but the row
 TILE_K = 128  # one scale block, one swizzled row of shared memory
 
@@ -26,10 +26,13 @@ L2_POLICIES = {
 }
 TILE_MS = (32, 64, 128, 192, 256)
 TILE_NS = tuple(n for n in range(16, 193, 16) if n != 176)  # 176 could need three B scales
+SWAPPED_TILE_MS = (8, 16, 32)
+SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
 DEPTHS = (1, 2, 4)
 SPLITS = (1, 2, 3, 4)  # wider clusters reach fewer SMs
-MAX_STAGES = 16
+MIN_STAGES, MAX_STAGES = 3, 16  # of compiled_space: two could not hide a load's latency
+FEWER_BYTES_AHEAD = (64 << 10, 96 << 10)  # of B, in the stages of plans for few rows
 
 
 class Kernel(NamedTuple):
@@ -44,7 +47,7 @@ class Plan(NamedTuple):
     """One way to compute a problem. Tiles in elements.
 
     Of a cluster, `cluster_m` CTAs share a B tile, or `cluster_n` an A tile, or `split` share the K of one tile of D.
-    A stage holds `depth` blocks (of 128) of K.
+    A stage holds `depth` blocks (of 128) of K. With `swap_ab` wgmma's rows are B's, for few rows of A.
     """
 
     tile_m: int
@@ -54,6 +57,7 @@ class Plan(NamedTuple):
     cluster_n: int = 1
     depth: int = 1
     split: int = 1
+    swap_ab: int = 0
     num_sms: int = 1
     raster: int = 1
     b_policy: str = "evict_normal"
@@ -75,12 +79,14 @@ class Plan(NamedTuple):
     @property
     def waves(self) -> int:
         """Blocks of 64 rows that each consumer multiplies, one after another."""
+        if self.swap_ab:
+            return -(-self.tile_n // 64)
         return max(1, self.tile_m // 64 // self.consumers)
 
     @property
     def two_partials(self) -> bool:
         """Whether registers hold two partial sums at a time: one's promotion then hides behind the next one's wgmma."""
-        return self.consumers <= 2 and self.tile_n * (self.waves + 2) + 32 * self.waves <= 416
+        return not self.swap_ab and self.consumers <= 2 and self.tile_n * (self.waves + 2) + 32 * self.waves <= 416
 
     @property
     def turn(self) -> int:
@@ -102,17 +108,24 @@ class Plan(NamedTuple):
         """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 8) * 4) + 2 * 8
         columns = self.tile_n // self.split
-        parts = (self.split - 1) * self.tile_m * columns * 4 if self.split > 1 else 16 * self.consumers
+        sent = 64 * self.waves // self.split if self.swap_ab else columns
+        parts = (self.split - 1) * self.tile_m * sent * 4 if self.split > 1 else 16 * self.consumers
         d = (self.tile_m if self.staged else 1) * columns * 2
+        beyond = (64 * self.waves - self.tile_n) * TILE_K if self.swap_ab else 0  # wgmma reads whole waves of B
         total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + 16 * self.consumers
-        return (total + 1023) // 1024 * 1024
+        return (total + 1023) // 1024 * 1024 + beyond
 
     def violations(self, kind: int, device: Device) -> Iterator[str]:
         """Every rule that the plan breaks for this kind of problem on this device, in words; none if it is legal."""
-        if self.tile_m not in TILE_MS:
-            yield f"tile_m {self.tile_m}, allowed are {TILE_MS}"
-        if self.tile_n not in TILE_NS:
-            yield f"tile_n {self.tile_n}, allowed are {TILE_NS}"
+        tile_ms, tile_ns = (SWAPPED_TILE_MS, SWAPPED_TILE_NS) if self.swap_ab else (TILE_MS, TILE_NS)
+        if self.tile_m not in tile_ms:
+            yield f"tile_m {self.tile_m}, allowed are {tile_ms}"
+        if self.tile_n not in tile_ns:
+            yield f"tile_n {self.tile_n}, allowed are {tile_ns}"
+        if self.swap_ab not in (0, 1):
+            yield f"swap_ab {self.swap_ab}, allowed are 0 and 1"
+        if self.swap_ab and self.split == 3:
+            yield "split 3 of K with swap_ab: the four warps' sums cannot be shared by three"
         if self.tile_m > 128 and self.tile_n > 128:
             yield f"tile {self.tile_m} x {self.tile_n}: the FP32 sums do not fit in registers, one side must be <= 128"
         if (self.cluster_m, self.cluster_n) not in CLUSTERS:
@@ -125,7 +138,7 @@ class Plan(NamedTuple):
             yield f"split {self.split} of K: allowed for CTAs that share nothing else"
         if self.split > 1 and kind != native.DENSE:
             yield f"split {self.split} of K for groups: nobody knows on the host whether their tiles are few"
-        if self.tile_n % (8 * max(self.split, 1)):
+        if not self.swap_ab and self.tile_n % (8 * max(self.split, 1)):
             yield f"split {self.split} of K: tile_n {self.tile_n} must be a multiple of {8 * self.split} then"
         if self.depth not in DEPTHS:
             yield f"depth {self.depth}, allowed are {DEPTHS}"
@@ -135,6 +148,8 @@ class Plan(NamedTuple):
             yield f"{self.stages} stages, allowed are 2 to {MAX_STAGES}"
         if self.shared_bytes > device.shared_bytes:
             yield f"{self.shared_bytes} bytes of shared memory, {device.name} has {device.shared_bytes} for a CTA"
+        if kind == native.CONTIGUOUS and self.swap_ab:
+            yield "swap_ab for contiguous groups: their segments are 128 rows at least"
         if kind == native.CONTIGUOUS and self.tile_m > 128:
             yield f"tile_m {self.tile_m} for contiguous groups: their segments are aligned to 128 rows only"
         if kind in (native.RAGGED, native.MASKED) and self.consumers > 2:
@@ -160,6 +175,7 @@ class Plan(NamedTuple):
             "CLUSTER_N": self.cluster_n,
             "DEPTH": self.depth,
             "SPLIT": self.split,
+            "SWAP_AB": self.swap_ab,
             "KIND": kind,
             "SMEM_BYTES": self.shared_bytes,
         }
@@ -173,7 +189,8 @@ class Plan(NamedTuple):
         cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster_m * self.cluster_n > 1 else ""
         depth = f"x{self.depth}" if self.depth > 1 else ""
         split = f" split {self.split}" if self.split > 1 else ""
-        compiled = f"{self.tile_m}x{self.tile_n} stages {self.stages}{depth}{cluster}{split}"
+        swapped = " swapped" if self.swap_ab else ""
+        compiled = f"{self.tile_m}x{self.tile_n}{swapped} stages {self.stages}{depth}{cluster}{split}"
         return f"{compiled} sms {self.num_sms} raster {self.raster}"
 
 
@@ -201,13 +218,21 @@ def copy_kernel() -> Kernel:
 
 @functools.cache
 def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
-    """Every legal compiled half for this kind, each with as many stages as fit in shared memory."""
+    """Every legal compiled half for this kind, each with as many stages as fit in shared memory.
+
+    Plans for few rows also come with fewer: the first stages of all SMs together are a queue at the memory, and what the
+    consumers need first, scales, stands in it too (native/README.md).
+    """
     plans = []
     sharing = [(*cluster, 1) for cluster in CLUSTERS] + [(1, 1, split) for split in SPLITS if split > 1]
-    for tile_m, tile_n, (cluster_m, cluster_n, split), depth in itertools.product(TILE_MS, TILE_NS, sharing, DEPTHS):
-        for stages in range(MAX_STAGES, 2, -1):  # two could not hide a load's latency
-            plan = Plan(tile_m, tile_n, stages, cluster_m, cluster_n, depth, split, device.sms)
-            if not any(plan.violations(kind, device)):
-                plans.append(plan)
-                break
+    tiles = [(*tile, 0) for tile in itertools.product(TILE_MS, TILE_NS)]
+    tiles += [(*tile, 1) for tile in itertools.product(SWAPPED_TILE_MS, SWAPPED_TILE_NS)]
+    for (tile_m, tile_n, swap), (cluster_m, cluster_n, split), depth in itertools.product(tiles, sharing, DEPTHS):
+        most = Plan(tile_m, tile_n, MAX_STAGES, cluster_m, cluster_n, depth, split, swap, device.sms)
+        while most.stages >= MIN_STAGES and any(most.violations(kind, device)):
+            most = most._replace(stages=most.stages - 1)
+        counts = {most.stages}
+        if tile_m <= 64:
+            counts |= {round(bytes_ahead / (depth * tile_n * TILE_K)) for bytes_ahead in FEWER_BYTES_AHEAD}
+        plans += [most._replace(stages=n) for n in sorted(counts) if MIN_STAGES <= n <= most.stages]
     return tuple(plans)

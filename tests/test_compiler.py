@@ -198,7 +198,7 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     for kernel in kernels():
         macros = dict(kernel.macros)
         if kernel.source == "gemm.cu":
-            wanted[tuple(macros[name] for name in ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT"))] = (
+            wanted[tuple(macros[name] for name in ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT", "SWAP_AB"))] = (
                 kernel
             )
         else:
@@ -212,7 +212,8 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
         assert not {"LDL", "STL"} & set(found), f"{kernel} uses local memory"
         if kernel.source == "gemm.cu":
             macros = dict(kernel.macros)
-            p = Plan(macros["TILE_M"], macros["TILE_N"], macros["STAGES"], depth=macros["DEPTH"])
+            shape = {"depth": macros["DEPTH"], "swap_ab": macros["SWAP_AB"]}
+            p = Plan(macros["TILE_M"], macros["TILE_N"], macros["STAGES"], **shape)
             assert found["QGMMA"] % (4 * p.waves * p.turn) == 0  # four a wave and block of K
             assert {"UTMALDG", "SYNCS"} <= set(found)
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)

@@ -26,6 +26,8 @@ PLANS = [
     Plan(256, 128, 3, cluster_n=2),
     Plan(128, 192, 4, cluster_m=2),
     Plan(64, 64, 3, cluster_n=2, depth=4),
+    Plan(8, 56, 5, depth=4, swap_ab=1),
+    Plan(16, 96, 3, depth=2, split=2, swap_ab=1),
 ]
 
 

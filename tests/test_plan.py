@@ -24,6 +24,7 @@ from fp8gemm.problem import KINDS, Problem
 
 KERNELS = Path(__file__).parent.parent / "native" / "kernels"
 GOOD = Plan(128, 128, 5, 1, 2, num_sms=132, raster=4)
+SWAPPED = {"tile_m": 8, "tile_n": 64, "cluster_n": 1, "swap_ab": 1}
 each_device = pytest.mark.parametrize("gpu", HOPPERS, ids=lambda gpu: gpu.name)
 each_kind = pytest.mark.parametrize("kind", range(4), ids=KINDS)
 
@@ -58,6 +59,10 @@ def test_legal_plan() -> None:
         ({"num_sms": 1}, ["num_sms 1, allowed are 2 (the cluster) to 132"]),
         ({"num_sms": 133}, ["num_sms 133, allowed are 2 (the cluster) to 132"]),
         ({"raster": 0}, ["raster 0, must be at least 1"]),
+        (SWAPPED | {"tile_m": 64}, ["tile_m 64, allowed are (8, 16, 32)"]),
+        (SWAPPED | {"swap_ab": 2}, ["swap_ab 2, allowed are 0 and 1"]),
+        (SWAPPED | {"tile_n": 80}, ["tile_n 80, allowed are (32, 48, 56, 64, 96, 128)"]),
+        (SWAPPED | {"split": 3}, ["split 3 of K with swap_ab"]),
         ({"b_policy": "evict_never"}, ["b_policy 'evict_never', allowed are", "evict_first"]),
     ],
     ids=repr,
@@ -86,7 +91,7 @@ def test_violations_of_groups(kind: int) -> None:
 
 
 def test_every_violation_is_told() -> None:
-    broken = Plan(100, 100, 100, 3, 3, 3, 5, 1000, -1, "x")
+    broken = Plan(100, 100, 100, 3, 3, 3, 5, 0, 1000, -1, "x")
     assert len(list(broken.violations(native.DENSE, H100))) == 12
 
 
@@ -98,11 +103,14 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
     for legal in space:
         assert not list(legal.violations(kind, gpu))
         assert legal.shared_bytes <= gpu.shared_bytes
-        assert legal.shared_bytes % 1024 == 0
+        assert legal.shared_bytes % 1024 == 0 or legal.swap_ab
         more = legal._replace(stages=legal.stages + 1)
         assert list(more.violations(kind, gpu)), "fewer stages than fit"
         assert len({legal.kernel(kind)} & {other.kernel(kind) for other in space if other != legal}) == 0
-    tiles = {(legal.tile_m, legal.tile_n) for legal in space}
+    tiles = {(legal.tile_m, legal.tile_n) for legal in space if not legal.swap_ab}
+    swapped = {(legal.tile_m, legal.tile_n) for legal in space if legal.swap_ab}
+    all_swapped = set(itertools.product(plan.SWAPPED_TILE_MS, plan.SWAPPED_TILE_NS))
+    assert swapped == (set() if kind == native.CONTIGUOUS else all_swapped)
     assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS)
     tile_ms = {tile_m for tile_m in plan.TILE_MS if tile_m <= (128 if kind == native.CONTIGUOUS else 256)}
     tile_ms -= {192} if kind != native.DENSE else set()
@@ -434,8 +442,8 @@ def device_code(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     (folder / "harness.cpp").write_text(HARNESS)
 
     def compile(kind: int, tile: tuple[int, int, int, int]) -> Any:
-        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES", "DEPTH", "SPLIT")
-        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2, 1, 1), strict=True)]
+        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES", "DEPTH", "SPLIT", "SWAP_AB")
+        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2, 1, 1, 0), strict=True)]
         library = folder / f"{kind}_{'_'.join(map(str, tile))}.so"
         flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", *macros, "-o", str(library)]
         subprocess.run(["g++", "harness.cpp", *flags], cwd=folder, check=True)

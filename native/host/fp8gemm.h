@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define FP8GEMM_ABI_VERSION 2
+#define FP8GEMM_ABI_VERSION 3
 #define FP8GEMM_API __attribute__((visibility("default")))
 
 typedef enum {
@@ -62,7 +62,7 @@ typedef struct {                                /* what a plan is chosen for: no
 
 /* ---- plans ---------------------------------------------------------------------------------------------------------- */
 typedef struct {
-    int32_t tile_m, tile_n, stages, cluster_m, cluster_n, depth, split;  /* compiled */
+    int32_t tile_m, tile_n, stages, cluster_m, cluster_n, depth, split, swap_ab;        /* compiled */
     int32_t shared_bytes, threads;                              /* follow from them */
     int32_t num_sms, raster;                                    /* launch */
     uint64_t b_policy;

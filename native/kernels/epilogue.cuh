@@ -7,20 +7,27 @@
 
 namespace fp8gemm {
 
+// Before a CTA sends its sums: it says how many it expects itself, and waits until its peers can take them.
+__device__ void open_exchange(SharedStorage& s, int consumer, u32 round) {
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x % 128 == 0) barrier_arrive_expect(&s.parts_full[consumer], sizeof s.parts / kConsumers);
+    if (round == 0) {
+        cluster_wait();                                          // the peers' barriers are set up
+    } else {                                                     // what they sent is read, and what we sent to them
+        u64* empty = &s.parts_empty[consumer];
+        __syncwarp();
+        if (lane < kSplit && lane != cluster_rank()) barrier_arrive_remote(remote_address(empty, lane));
+        barrier_wait(empty, (round - 1) % 2);
+    }
+}
+
 // The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
 // order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
 __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
     constexpr int kRegisters = kColumns / 2;
-    const int rank = cluster_rank(), thread = threadIdx.x % 128, lane = thread % 32;
-    u64 *full = &s.parts_full[consumer], *empty = &s.parts_empty[consumer];
-    if (thread == 0) barrier_arrive_expect(full, sizeof s.parts / kConsumers);
-    if (round == 0) {
-        cluster_wait();                                          // the peers' barriers are set up
-    } else {                                                     // what they sent is read, and what we sent to them
-        __syncwarp();
-        if (lane < kSplit && lane != rank) barrier_arrive_remote(remote_address(empty, lane));
-        barrier_wait(empty, (round - 1) % 2);
-    }
+    const int rank = cluster_rank(), thread = threadIdx.x % 128;
+    u64* full = &s.parts_full[consumer];
+    open_exchange(s, consumer, round);
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;

@@ -21,6 +21,7 @@
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "storage.cuh"
+#include "swapped.cuh"
 #include "wgmma.cuh"
 
 namespace fp8gemm {
@@ -151,21 +152,22 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
         int end[kCopies];                                        // from this block on zeros
+        bool wants[kCopies];                                     // not of rows that A has not
         for (int c = 0; c < kCopies; ++c) {                      // scale i of block j of each stage
             const int copy = thread + c * kScaleThreads, j = copy / kCount, i = copy % kCount;
             const int n_block = tile.column / 128 + i - kTileM;
-            const bool exists = i < kTileM ? i < tile.rows : n_block * 128 < p.n;
             from[c] = i < kTileM ? p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
                                        (first_block + j) * p.sa_k
                                  : p.sb + tile.group * p.sb_group + n_block * p.sb_row + (first_block + j) * p.sb_k;
-            end[c] = exists ? blocks - j : 0;
+            wants[c] = to[c] && (i >= kTileM || i < tile.rows);
+            end[c] = i < kTileM || n_block * 128 < p.n ? blocks - j : 0;
         }
         dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             for (int c = 0; c < kCopies; ++c) {
-                if (to[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], kb < end[c]);
+                if (wants[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], kb < end[c]);
                 from[c] += kDepth * (of_b[c] ? p.sb_k : p.sa_k);
             }
             copy_async_arrive(&stage.full);
@@ -333,7 +335,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
         else if (kBulkScales && warp % 4 == 1) load_other_scales(p, s, first, last);
     } else {
         if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
-        multiply(p, s, first, last, warpgroup);
+        if constexpr (kSwapAB) multiply_swapped(p, s, first, last);
+        else multiply(p, s, first, last, warpgroup);
     }
     if constexpr (kShare > 1) cluster_sync();    // a peer may still write here or arrive at these barriers
 }

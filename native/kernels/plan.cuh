@@ -10,6 +10,7 @@
 #define CLUSTER_N 2
 #define DEPTH 1
 #define SPLIT 1
+#define SWAP_AB 0
 #define KIND 0
 #endif
 
@@ -23,15 +24,17 @@ constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N;      // CTAs that sh
 constexpr int kSplit = SPLIT;                                    // CTAs of a cluster that share the K of one tile
 constexpr int kShare = kClusterM * kClusterN, kCluster = kShare * kSplit;
 constexpr int kDepth = DEPTH;                                    // blocks of K in a stage
+constexpr bool kSwapAB = SWAP_AB;                                // wgmma's rows are B's (swapped.cuh)
 
 constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math warpgroups
-constexpr int kWaves = kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;      // 64-row blocks of each, one after another
+constexpr int kWaves = kSwapAB ? (kTileN + 63) / 64              // 64-row blocks of each, one after another
+                     : kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : 232;
 
 // A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
 // partial sums at a time, one's promotion hides behind the next one's wgmma.
-constexpr bool kTwoPartials = kConsumers <= 2 && kTileN * (kWaves + 2) + 32 * kWaves <= 416;
+constexpr bool kTwoPartials = !kSwapAB && kConsumers <= 2 && kTileN * (kWaves + 2) + 32 * kWaves <= 416;
 constexpr int kPartials = kTwoPartials ? 2 : 1;
 constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
 constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
@@ -44,19 +47,21 @@ constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that
 constexpr int kSegments = kTileN / kSegment;
 constexpr int kColumns = kTileN / kSplit;                        // of the tile, that a CTA stores
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
-constexpr int kPart = kPartThreads * kColumns / 8;               // float4 that they send to each peer, of 64 rows
+constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
+                              : kPartThreads * kColumns / 8;
 constexpr int kPanel = greatest_common_divisor(kColumns, 64);    // of these, stored together, swizzled
 constexpr int kPanels = kColumns / kPanel;
 constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
 constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 
-static_assert(kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
-static_assert(kTileN % 16 == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
+static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
+static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
-static_assert(kColumns % 8 == 0 && kColumns * kSplit == kTileN, "a CTA of a split stores whole registers of wgmma");
-static_assert(kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
-static_assert(kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");
+static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3), "see swapped.cuh");
+static_assert(kSwapAB || kColumns % 8 == 0 && kColumns * kSplit == kTileN, "a CTA of a split stores whole registers of wgmma");
+static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
+static_assert(kSwapAB || kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");
 static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
 static_assert(kKind == kDense || kConsumers <= 2, "three consumers have no registers to look for groups");
 

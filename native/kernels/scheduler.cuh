@@ -75,7 +75,7 @@ private:
         bool exists;
         Tile tile;
         int group, other;                        // of the tile's first row, and of the cluster's other tile's
-        int of_rows[kTileM / 32];                // of every row, one a lane
+        int of_rows[(kTileM + 31) / 32];         // of every row, one a lane
     } ahead;
 
     __device__ void look_ahead() {
@@ -88,7 +88,7 @@ private:
         ahead.group = group_of(row);
         if constexpr (kClusterM > 1) ahead.other = group_of(cluster_rank() ? row - kTileM : row + kTileM);
 #pragma unroll
-        for (int i = 0; i < kTileM / 32; ++i) ahead.of_rows[i] = group_of(row + i * 32 + threadIdx.x % 32);
+        for (int i = 0; i < (kTileM + 31) / 32; ++i) ahead.of_rows[i] = group_of(row + i * 32 + threadIdx.x % 32);
     }
 
     // Takes the tile ahead: its segment's group, and its rows before the padding, which is marked -1. False if the
@@ -100,7 +100,7 @@ private:
         bool work = tile.group >= 0;
         int rows = 0;
 #pragma unroll
-        for (int i = 0; i < kTileM / 32; ++i)
+        for (int i = 0; i < (kTileM + 31) / 32; ++i)
             rows += __popc(__ballot_sync(0xffffffff, work && ahead.of_rows[i] == tile.group));
         tile.rows = rows;
         if constexpr (kClusterM > 1) {

@@ -18,8 +18,10 @@ struct SharedStorage {
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
     u64 parts_full[kConsumers], parts_empty[kConsumers];
 };
+// With operands swapped, wgmma reads whole waves of B, and so behind the last stage's last tile.
+constexpr int kBeyond = kSwapAB ? (kWaves * 64 - kTileN) * kTileK : 0;
 #ifdef SMEM_BYTES
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
+static_assert(sizeof(SharedStorage) + kBeyond == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
 #endif
 
 // The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to

@@ -7,7 +7,7 @@ namespace {
 // what bulk copies bring.
 void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std::vector<Copy>>& fills, const Stage& stage) {
     const int blocks = blocks_of_k(p), bulk = p.sa_by_bulk ? min(kTileM, max(p.m - tile.row, 0)) / 4 * 4 : 0;
-    const int last = p.sa_by_bulk ? min(kTileM, max(p.m - tile.row, 0)) : kTileM;
+    const int last = min(kTileM, max(p.m - tile.row, 0));
     std::vector<bool> seen(kDepth * kScaleSlots);
     for (const auto& copied : fills)
         for (const Copy& c : copied) {

@@ -1,0 +1,121 @@
+// The consumer for few tokens: operands swapped. wgmma's 64 rows are rows of B and its columns are rows of A, so that 8
+// tokens cost what 8 cost, not 64: the consumer is done with a stage long before the next one has come from memory.
+//
+// A thread's sums of a wave of 64 rows of B are D transposed: in sum[w][4 * q ...] tokens 8 * q + 2 * (lane % 4) + {0, 1}
+// of B's rows r = 64 * w + 16 * warp + lane / 4 (first two) and r + 8 (last two).
+#pragma once
+#include "epilogue.cuh"
+#include "plan.cuh"
+#include "ptx.cuh"
+#include "scheduler.cuh"
+#include "storage.cuh"
+#include "wgmma.cuh"
+
+namespace fp8gemm {
+
+constexpr int kTokens = kSwapAB ? kTileM : 8;                    // of a tile; in other plans nobody calls what is here
+constexpr int kSwappedRegisters = kWaves * kTokens / 2;          // of a thread's sums
+
+// The CTAs that share a tile's K: each adds up the sums of some warps' rows of B, in the order of K.
+__device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegisters], u32& round) {
+    constexpr int kThreadsEach = 128 / kSplit;
+    const int rank = cluster_rank(), thread = threadIdx.x % 128, owner = thread / kThreadsEach;
+    open_exchange(s, 0, round);
+    if (owner != rank) {
+        const u32 part = remote_address(&s.parts[rank - (rank > owner)][0][thread % kThreadsEach], owner);
+        const u32 there = remote_address(&s.parts_full[0], owner);
+#pragma unroll
+        for (int i = 0; i < kSwappedRegisters; i += 4)
+            store_async_remote(part + i / 4 * kThreadsEach * sizeof(float4), &sum[i], there);
+    }
+    barrier_wait(&s.parts_full[0], round++ % 2);
+    if (owner != rank) return false;
+#pragma unroll
+    for (int i = 0; i < kSwappedRegisters; i += 4) {
+        float4 total;
+        for (int from = 0; from < kSplit; ++from) {
+            float4 v = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            if (from != rank) v = s.parts[from - (from > rank)][0][i / 4 * kThreadsEach + thread % kThreadsEach];
+            total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+        }
+        sum[i] = total.x, sum[i + 1] = total.y, sum[i + 2] = total.z, sum[i + 3] = total.w;
+    }
+    return true;
+}
+
+// A wave's sums to D: d points to the tile's first token and the wave's first row of B; `columns` of those are the tile's.
+__device__ void store_swapped(const GemmParams& p, const float* sum, u16* d, int tokens, int columns) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
+#pragma unroll
+    for (int q = 0; q < kTokens / 8; ++q)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float* v = sum + 4 * q + 2 * half;
+            const u32 two = transpose_matrix(pack_bf16(v[0], v[1]));     // two columns of one token
+            const int token = 8 * q + lane / 4, column = warp * 16 + half * 8 + lane % 4 * 2;
+            u16* to = d + token * p.d_row + column;
+            if (token >= tokens || column >= columns) continue;
+            if (pairs && column + 1 < columns) {
+                *reinterpret_cast<u32*>(to) = two;
+            } else {
+                to[0] = static_cast<u16>(two);
+                if (column + 1 < columns) to[1] = static_cast<u16>(two >> 16);
+            }
+        }
+}
+
+__device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
+    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;    // of B in a wave, this thread's first
+    const int token = threadIdx.x % 4 * 2;
+    const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a)), b_first = keep_uniform(wgmma_address(s.stages[0].b));
+    const u32 a_block = p.a_box_rows * (kTileK / 16), empty_first = keep(shared_address(&s.stages[0].empty));
+    u32 rounds = 0;
+    Ring ring;
+    Scheduler tiles(p);
+    for (Tile tile; tiles.next(tile);) {
+        float sum[kSwappedRegisters] = {};
+        const int b_split = 128 - tile.column % 128 - row;       // rows of B behind this thread's before the second scale
+        for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
+            Stage& stage = ring.stage(s);
+            const u32 a = a_first + ring.offset / 16, b = b_first + ring.offset / 16;
+            float partial[kDepth][kWaves][kTokens / 2], scale_a[kDepth][kTokens / 4], scale_b[kDepth][2];
+            barrier_wait(&stage.full, ring.phase);
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < kDepth; ++j)
+#pragma unroll
+                for (int w = 0; w < kWaves; ++w)
+#pragma unroll
+                    for (int k = 0; k < kTileK / 32; ++k)
+                        Wgmma<kTokens>::mma(partial[j][w], wgmma_operand(b + (j * kTileN + w * 64) * (kTileK / 16) + 2 * k),
+                                           wgmma_operand(a + j * a_block + 2 * k), k > 0);
+            wgmma_commit();
+#pragma unroll
+            for (int j = 0; j < kDepth; ++j) {
+                for (int i = 0; i < 2; ++i) scale_b[j][i] = stage.scales[j][kScalesOfB + i];
+                for (int i = 0; i < kTokens / 4; ++i)
+                    scale_a[j][i] = stage.scales[j][i / 2 * 8 + token + i % 2];
+            }
+            wgmma_wait<0>();
+            if (threadIdx.x % 32 == 0) barrier_arrive(empty_first + ring.offset);
+#pragma unroll
+            for (int j = 0; j < kDepth; ++j)
+#pragma unroll
+                for (int i = 0; i < kSwappedRegisters; ++i) {
+                    const int w = i / (kTokens / 2), r = i % (kTokens / 2);
+                    sum[i] += scale_a[j][r / 4 * 2 + r % 2] *
+                              (w * 64 + r / 2 % 2 * 8 < b_split ? scale_b[j][0] : scale_b[j][1]) * partial[j][w][r];
+                }
+        }
+        if constexpr (kSplit > 1)                                // the vote: see multiply()
+            if (!__any_sync(0xffffffff, exchange_swapped(s, sum, rounds))) continue;
+        u16* d = p.d_data + (kKind == kMasked ? tile.group * p.d_group : 0) + tile.row * p.d_row + tile.column;
+#pragma unroll
+        for (int w = 0; w < kWaves; ++w)
+            store_swapped(p, sum + w * (kTokens / 2), d + w * 64, min(tile.rows, kTokens),
+                          min(p.n - tile.column, kTileN) - w * 64);
+    }
+}
+
+}  // namespace fp8gemm
