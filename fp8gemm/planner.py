@@ -34,9 +34,9 @@ class Listed(NamedTuple):
 
 
 def bucket(m: int) -> int:
-    """Rows for which one plan serves: the next multiple of 16 up to 128, of 64 up to 1024, of 256 above.
+    """Rows for which one plan serves: 8, then the next multiple of 16 up to 128, of 64 up to 1024, of 256 above.
 
-    A plan depends on M through its number of tiles, of at least 64 rows; finer steps would only cost host time.
+    A plan depends on M through its number of tiles and, with few rows, through their height.
     """
     return int(native.library().bucket(m))
 

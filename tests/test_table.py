@@ -44,7 +44,7 @@ def key(kind: int = native.DENSE, *, expected_m: int = 0, batch_invariant: bool 
 
 @given(st.integers(0, 2**31 - 1))
 def test_bucket(m: int) -> None:
-    step = 16 if m <= 128 else 64 if m <= 1024 else 256
+    step = 8 if m <= 8 else 16 if m <= 128 else 64 if m <= 1024 else 256
     assert planner.bucket(m) == min(-(-m // step) * step, 2**31 - 1)
 
 

@@ -50,7 +50,7 @@ bool known_device(int device_id) { return device_id >= 0 && device_id < kMaxDevi
 }  // namespace
 
 int32_t fp8gemm_bucket(int64_t m) {
-    const int64_t step = m <= 128 ? 16 : m <= 1024 ? 64 : 256;
+    const int64_t step = m <= 8 ? 8 : m <= 128 ? 16 : m <= 1024 ? 64 : 256;
     return static_cast<int32_t>(std::clamp<int64_t>((m + step - 1) / step * step, 0, INT32_MAX));
 }
 
