@@ -57,7 +57,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     if not may_split(problem, plan):
         return math.inf
     groups, rows = _groups(problem)
-    tiles = _cluster_tiles(problem, plan)
+    tiles = cluster_tiles(problem, plan)
     per_cta = -(-tiles // clusters(plan))
     k_blocks = -(-problem.k // TILE_K)
     turns = math.ceil(math.ceil(k_blocks / plan.turn) / plan.split)
@@ -75,10 +75,11 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 
 def may_split(problem: Problem, plan: Plan) -> bool:
     """False if the plan splits K where clusters would have more than one tile."""
-    return plan.split == 1 or _cluster_tiles(problem, plan) <= clusters(plan)
+    return plan.split == 1 or cluster_tiles(problem, plan) <= clusters(plan)
 
 
-def _cluster_tiles(problem: Problem, plan: Plan) -> int:
+def cluster_tiles(problem: Problem, plan: Plan) -> int:
+    """Tiles of D of the plan's clusters; of groups as many as the model assumes."""
     groups, rows = _groups(problem)
     tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
     tiles_n = -(-problem.n // (plan.tile_n * plan.cluster_n))

@@ -220,7 +220,7 @@ def copy_kernel() -> Kernel:
 def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
     """Every legal compiled half for this kind, each with as many stages as fit in shared memory.
 
-    Plans for few rows also come with fewer: the first stages of all SMs together are a queue at the memory, and what the
+    Plans for few rows with deep stages also come with fewer: the first stages of all SMs together are a queue at the memory, and what the
     consumers need first, scales, stands in it too (native/README.md).
     """
     plans = []
@@ -232,7 +232,7 @@ def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
         while most.stages >= MIN_STAGES and any(most.violations(kind, device)):
             most = most._replace(stages=most.stages - 1)
         counts = {most.stages}
-        if tile_m <= 64:
+        if tile_m <= 64 and depth > 1:
             counts |= {round(bytes_ahead / (depth * tile_n * TILE_K)) for bytes_ahead in FEWER_BYTES_AHEAD}
         plans += [most._replace(stages=n) for n in sorted(counts) if MIN_STAGES <= n <= most.stages]
     return tuple(plans)

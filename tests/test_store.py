@@ -108,6 +108,9 @@ def test_the_other_layout_of_scales_serves_where_its_own_is_not_tuned() -> None:
         json.dumps(GOOD._asdict() | {"tile_m": 128.0}),
         json.dumps(GOOD._asdict() | {"tile_m": True}),
         json.dumps(GOOD._asdict() | {"num_sms": "132"}),
+        json.dumps(
+            GOOD._asdict() | {"tile_m": 32, "tile_n": 16, "cluster_n": 1, "split": 2}
+        ),  # too many tiles for that
         json.dumps(GOOD._asdict() | {"num_sms": 133}),
         json.dumps(GOOD._asdict() | {"b_policy": ["evict_first"]}),
         json.dumps(GOOD._asdict() | {"a_field_to_come": 1}),
@@ -126,9 +129,9 @@ def test_an_illegal_or_unknown_plan_is_a_miss(text: str) -> None:
 def test_no_plan_text_breaks_a_call(value: Any, data: st.DataObject) -> None:
     field = data.draw(st.sampled_from([*Plan._fields, "other"]))
     text = json.dumps(GOOD._asdict() | {field: value})
-    plan = store.parse_plan(text, native.DENSE, H100, 132)
+    plan = store.parse_plan(text, PROBLEM, H100, 132)
     assert plan is None or not list(plan.violations(native.DENSE, H100))
-    plan = store.parse_plan(data.draw(st.text()), native.DENSE, H100, 132)
+    plan = store.parse_plan(data.draw(st.text()), PROBLEM, H100, 132)
     assert plan is None
 
 

@@ -420,7 +420,7 @@ def test_presets() -> None:
             assert problem.m == planner.bucket(problem.m)
     weights = {(p.n, p.k) for p in presets.preset("deepseek-v3")}
     assert weights == set(WEIGHTS)
-    assert len(presets.preset("deepseek-v3", [1, 5, 16])) == 7
+    assert len(presets.preset("deepseek-v3", [1, 5, 8])) == 7
     with pytest.raises(OperandError, match="there are deepseek-v3"):
         presets.preset("gpt-2")
 

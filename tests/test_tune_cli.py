@@ -45,7 +45,7 @@ def test_tune_and_the_next_process_uses_it() -> None:
     report = json.loads(done.stdout)
     assert (report["device"], report["asked"]) == ("cpu", 2)
     assert re.search(r"\[2/2\] about .* to go, 32x64x128", done.stderr)
-    for problem, m in zip(report["problems"], (16, 32), strict=True):
+    for problem, m in zip(report["problems"], (8, 32), strict=True):
         assert (problem["m"], problem["n"], problem["k"], problem["kind"]) == (m, 64, 128, "dense")
         assert 0 < problem["seconds"] <= problem["default_seconds"] * 1.5
         code = f"""
@@ -62,7 +62,7 @@ print(json.dumps([plan._asdict(), from_store]))
 def test_tune_shows_default_and_tuned() -> None:
     result = call(*TINY, "--m", "1")
     assert result.exit_code == 0
-    row = next(line for line in result.stdout.splitlines() if "16x64x128" in line)
+    row = next(line for line in result.stdout.splitlines() if "8x64x128" in line)
     assert row.count("threads") == 2 or "the default" in row
     assert "%" in row
     assert str(store.path()) in result.stdout.replace("\n", "")
@@ -124,7 +124,7 @@ def test_plans() -> None:
     assert call(*TINY, "--m", "1").exit_code == 0
     (winner,) = call_json("plans", "list")[1]["winners"]
     listed = call("plans", "list").stdout
-    assert "16x64x128" in listed
+    assert "8x64x128" in listed
     assert json.loads(winner["plan"])["tile_n"] in backends.CPU_TILE_NS
     code, shown = call_json("plans", "show", "--m", "5", "--n", "64", "--k", "128")
     assert code == 0
@@ -172,10 +172,10 @@ def test_warmup_compiles_the_distinct_kernels_once(monkeypatch: pytest.MonkeyPat
         pytest.skip(str(error))
     from fp8gemm.tuner import warmup
 
-    monkeypatch.setattr(warmup, "MOST_ROWS", 16)
+    monkeypatch.setattr(warmup, "MOST_ROWS", 8)
     monkeypatch.setattr("fp8gemm.device.hopper_devices", list)
     code, first = call_json("warmup", "--preset", "deepseek-v3")
-    plans = [planner.default_plan(Problem(0, 16, n, k), bench.H200, 132) for n, k in bench.WEIGHTS]
+    plans = [planner.default_plan(Problem(0, 8, n, k), bench.H200, 132) for n, k in bench.WEIGHTS]
     kernels = {plan.kernel(0) for plan in plans}  # type: ignore[union-attr]
     assert (code, first["problems"], first["failed"]) == (0, 7, {})
     assert first["kernels"] == first["compiled"] == len(kernels)

@@ -6,7 +6,7 @@ and, on the problems where it was tried, wins nothing beyond noise.
 
 from collections.abc import Iterable, Iterator
 
-from fp8gemm import cost, native, planner
+from fp8gemm import cost, planner
 from fp8gemm.backends import CpuPlan
 from fp8gemm.device import Device
 from fp8gemm.plan import Plan, compiled_space
@@ -67,7 +67,7 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     if not isinstance(plan, Plan):
         return [plan._replace(threads=n) for n in sorted({most // 2, most - 1, most * 3 // 4}) if 1 <= n < most]
     counts = {most - 4, most - 8, most - 16, most - 24, most * 3 // 4, most // 2}
-    tiles = _cluster_tiles(task, plan)
+    tiles = cost.cluster_tiles(task.problem, plan)
     clusters = most // plan.cluster
     if clusters:
         waves = -(-tiles // clusters)
@@ -75,10 +75,3 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     usable = {n // plan.cluster * plan.cluster for n in counts}
     found = [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most]
     return [fewer for fewer in found if cost.may_split(task.problem, fewer)]
-
-
-def _cluster_tiles(task: Task, plan: Plan) -> int:
-    p = task.problem
-    groups, rows = (p.groups, p.expected_m or p.m) if p.kind == native.MASKED else (1, p.m)
-    tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
-    return max(1, groups * tiles_m * -(-p.n // (plan.tile_n * plan.cluster_n)))

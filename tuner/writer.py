@@ -231,7 +231,7 @@ class Writer:
         """The stored winner, if its plan is legal."""
         where = f"WHERE {_WHERE_TASK} AND space = :space"
         for row in self.rows("winners", where, task.row() | {"space": store.space(device)}):
-            return store.parse_plan(row["plan"], task.problem.kind, device, task.num_sms)
+            return store.parse_plan(row["plan"], task.problem, device, task.num_sms)
         return None
 
     def clear(self, winners: bool = True, misses: bool = True) -> dict[str, int]:
