@@ -5,17 +5,18 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
     tensor      the wgmmas of its consumers, at the tensor core's rate
     shared      shared memory: what TMA writes and what every wgmma reads (A once for each, B once for each 64 rows)
     chain       one consumer's own sequence: wgmma, its latency, promotion, barriers. Several consumers overlap, one
-                cannot; with two partial sums one's promotion hides behind the next one's wgmma
+                cannot; with two partial sums one's promotion hides behind the next one's wgmma; with operands swapped
+                a deep stage's latency comes once
     issue       the producer's TMA instructions; a deep stage's blocks come by one each of A and B
     ingest      the bytes that arrive at the SM, shared by a cluster or not
     L2          the bytes that L2 delivers; a cluster loads what it shares once, and what has to come from HBM passes
                 through L2 a second time
 
-and every tile adds its epilogue, every split of K its exchange. Waves come out by themselves: a CTA's number of tiles
-is rounded up. Against all that stands the HBM time of A, B and D. Units are cycles of the SM, whose rates are the same
-on every Hopper; SM count and HBM rate are the device's. The constants below were fitted on an H200 to 2,333 measured
-(problem, plan) pairs: seven weights, M = 1 .. 4096. There the default is 2.1% slower than the best of these plans in
-the geometric mean and 15% at worst (native/README.md).
+every tile adds its epilogue, every split of K its exchange, and the start takes longer the more is loaded ahead. Waves
+come out by themselves: a CTA's number of tiles is rounded up. Against all that stands the HBM time of A, B and D. Units
+are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM rate are the device's. The constants
+below were fitted on an H200 to 2,333 measured (problem, plan) pairs of seven weights, and those that few rows depend on
+once more to 2,100 pairs of M = 16 .. 128 (native/README.md).
 """
 
 import functools
@@ -37,18 +38,18 @@ WGMMA_LATENCY = 176.0
 PROMOTION = 2.81  # cycles of an FMA, which competes with the tensor core for registers
 BARRIERS = 57.0  # a stage's
 STAGE_ISSUE = 5.9
-TMA_ISSUE = 162.0
+TMA_ISSUE = 132.0
 EPILOGUE = 418.0
-DIRECT_EPILOGUE, DIRECT_COLUMN = 363.0, 2.12
+DIRECT_EPILOGUE, DIRECT_COLUMN = 189.0, 4.2
 STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 18.7}  # by the columns of a swizzled panel
-LAUNCH = 3020  # until the first stage has landed, and after the last store
-BYTES_AHEAD, CYCLES_PER_BYTE_AHEAD = 64 << 10, 0.0078  # the queue that all SMs' first stages are at the memory
+LAUNCH = 4000  # until the first stage has landed, and after the last store
+BYTE_AHEAD = 0.008  # of a CTA's stages: all SMs' first ones are a queue at the memory, in which scales stand too
 LAUNCH_SHARED, LAUNCH_SPLIT = 1670, 138  # clusters that share operands, that split K
-EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 947, 14.3  # of the sums of a split K
+EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 1050, 10.3  # of the sums of a split K
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}  # share of the SMs that clusters of this size reach
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.74
-HIDDEN = 0.022  # of what another hides: less of it is still better
+MEMORY_EFFICIENCY = 0.89
+HIDDEN = 0.039  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
 
 
@@ -68,8 +69,8 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
     memory = (unique + groups * rows * problem.n * 2) / bandwidth
-    start = LAUNCH + (LAUNCH_SHARED if shared_by > 1 else LAUNCH_SPLIT if plan.split > 1 else 0)
-    start += CYCLES_PER_BYTE_AHEAD * max(plan.stages * plan.depth * _loaded_bytes(plan, rows) - BYTES_AHEAD, 0)
+    ahead = plan.stages * plan.depth * (_loaded_rows(plan, rows) + plan.tile_n) * TILE_K
+    start = LAUNCH + BYTE_AHEAD * ahead + (LAUNCH_SHARED if shared_by > 1 else LAUNCH_SPLIT if plan.split > 1 else 0)
     return start + max(compute, memory) + HIDDEN * min(compute, memory)
 
 
@@ -108,9 +109,9 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     else:
         chain = waves * (multiply + WGMMA_LATENCY + promote) + BARRIERS / plan.depth
     loads = 3 if plan.depth == 1 and plan.tile_m >= 64 else 2  # A, B, and A's scales
-    arriving = _loaded_bytes(plan, rows)
-    streamed = arriving - (arriving - plan.tile_n * TILE_K) * (1 - 1 / plan.cluster_n)
-    streamed -= plan.tile_n * TILE_K * (1 - 1 / plan.cluster_m)
+    loaded_rows = _loaded_rows(plan, rows)
+    arriving = (loaded_rows + plan.tile_n) * TILE_K
+    streamed = (loaded_rows / plan.cluster_n + plan.tile_n / plan.cluster_m) * TILE_K
     pace = max(
         consumers * waves * multiply,
         consumers * waves * wgmmas * reads + SHARED_WRITES * writes,
@@ -122,9 +123,9 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     return pace + L2_CONTENTION * streamed / L2_BYTES_PER_CYCLE
 
 
-def _loaded_bytes(plan: Plan, rows: int) -> int:
-    """Of A and B for a block of K of a CTA's tile. A short A is not padded."""
-    return (min(plan.tile_m, -(-rows // 8) * 8) + plan.tile_n) * TILE_K
+def _loaded_rows(plan: Plan, rows: int) -> int:
+    """Rows of A that a CTA loads for a tile: a short A is not padded."""
+    return min(plan.tile_m, -(-rows // 8) * 8)
 
 
 def epilogue_cycles(plan: Plan) -> float:

@@ -220,8 +220,8 @@ def copy_kernel() -> Kernel:
 def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
     """Every legal compiled half for this kind, each with as many stages as fit in shared memory.
 
-    Plans for few rows with deep stages also come with fewer: the first stages of all SMs together are a queue at the memory, and what the
-    consumers need first, scales, stands in it too (native/README.md).
+    Plans for few rows with deep stages also come with fewer: the first stages of all SMs together are a queue at the
+    memory, and what the consumers need first, scales, stands in it too (native/README.md).
     """
     plans = []
     sharing = [(*cluster, 1) for cluster in CLUSTERS] + [(1, 1, split) for split in SPLITS if split > 1]

@@ -211,8 +211,8 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
         assert not {"LDL", "STL"} & set(found), f"{kernel} uses local memory"
         if kernel.source == "gemm.cu":
             macros = dict(kernel.macros)
-            shape = {"depth": macros["DEPTH"], "swap_ab": macros["SWAP_AB"]}
-            p = Plan(macros["TILE_M"], macros["TILE_N"], macros["STAGES"], **shape)
+            tile = macros["TILE_M"], macros["TILE_N"], macros["STAGES"]
+            p = Plan(*tile, depth=macros["DEPTH"], swap_ab=macros["SWAP_AB"])
             assert found["QGMMA"] % (4 * p.waves * p.turn) == 0  # four a wave and block of K
             assert {"UTMALDG", "SYNCS"} <= set(found)
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)

@@ -200,12 +200,17 @@ def test_weights(tools: Tools, n: int, k: int, column: bool) -> None:
         tools.dense(m, n, k, column)
 
 
-@pytest.mark.parametrize("tile_m", plan.TILE_MS)
-def test_every_compiled_plan(tools: Tools, rng: Rng, hopper: int, force: Callable[[Plan], None], tile_m: int) -> None:
+@pytest.mark.parametrize("swap_ab", [0, 1])
+@pytest.mark.parametrize("tile_m", sorted({*plan.TILE_MS, *plan.SWAPPED_TILE_MS}))
+def test_compiled_plans(
+    tools: Tools, rng: Rng, hopper: int, force: Callable[[Plan], None], tile_m: int, swap_ab: int
+) -> None:
+    """All tiles, clusters, depths and splits of dense problems; of groups, whose main loop is the same, a sample."""
     for kind in range(4):
-        space = [p for p in plan.compiled_space(kind, device.read_device(hopper)) if p.tile_m == tile_m]
-        if kind != native.DENSE:  # the same main loop: a sample of the tiles
-            space = [space[i] for i in rng.permutation(len(space))[:20]]
+        wanted = tile_m, swap_ab
+        every = [p for p in plan.compiled_space(kind, device.read_device(hopper)) if (p.tile_m, p.swap_ab) == wanted]
+        every = [every[i] for i in rng.permutation(len(every))]
+        space = list({p._replace(stages=0): p for p in every}.values())[: None if kind == native.DENSE else 20]
         with ThreadPoolExecutor() as pool:
             list(pool.map(compiler.cubin, [p.kernel(kind) for p in space]))
         for forced in space:
@@ -270,6 +275,18 @@ def test_batch_invariant(tools: Tools, n: int, k: int) -> None:
         for i in (0, 3, m - 1):
             gemm_fp8_fp8_bf16_nt((a[i : i + 1], sa[i : i + 1]), rhs, row, batch_invariant=True)
             assert tools.torch.equal(row[0], d[i]), (m, i)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 30])
+def test_swapping_operands_changes_no_bit(tools: Tools, force: Callable[[Plan], None], rows: int) -> None:
+    """So swapped plans are of the same reduction as others, and batch-invariant."""
+    (a, sa), rhs = tools.matrix(rows, 1664), tools.matrix(600, 1664, height=128)
+    found = []
+    for forced in (Plan(64, 64, 4, depth=2), Plan(8, 56, 4, depth=2, swap_ab=1), Plan(32, 96, 3, depth=2, swap_ab=1)):
+        force(forced._replace(num_sms=132))
+        d = tools.torch.full((rows, 600), float("nan"), device="cuda", dtype=tools.bf16)
+        found.append(gemm_fp8_fp8_bf16_nt((a, sa), rhs, d))
+    assert all(tools.torch.equal(d, found[0]) for d in found)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 7, 77, 131])

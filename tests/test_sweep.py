@@ -119,7 +119,8 @@ def test_the_whole_space() -> None:
     task = Task(Problem(0, 64, 2112, 7168), H100.name, H100.sms, H100.sms)
     whole = space.kernels(task, H100, None)
     tried = {plan.kernel(0) for plan in whole if isinstance(plan, Plan)}
-    possible = [plan for plan in compiled_space(0, H100) if math.isfinite(cost.predict(task.problem, plan, H100))]
+    times = {plan: cost.predict(task.problem, plan, H100) for plan in compiled_space(0, H100)}
+    possible = [plan for plan, time in times.items() if time <= space.HOPELESS * min(times.values())]
     assert tried == {plan.kernel(0) for plan in possible}
     assert 0 < sum(plan.split > 1 for plan in possible) < len(possible) < len(compiled_space(0, H100))
 

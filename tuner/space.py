@@ -13,7 +13,8 @@ from fp8gemm.plan import Plan, compiled_space
 from fp8gemm.store import AnyPlan, Task
 
 MOST = 250  # kernels that a sweep tries
-SLOWEST = 1.3  # times the best prediction: no winner of a sweep of everything was predicted so slow
+SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
+HOPELESS = 3.0  # and where it is
 POLICIES = ("evict_normal", "evict_first")  # evict_last keeps weights in L2 that are not read again, and gains nothing
 CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
 
@@ -48,7 +49,7 @@ def _ranked(task: Task, device: Device, most: int | None) -> Iterator[Plan]:
     times = {plan: cost.predict(problem, plan, device) for plan in plans if cost.may_split(problem, plan)}
     best = min(times.values())
     for plan in sorted(times, key=times.__getitem__):
-        if most is None or times[plan] <= SLOWEST * best:
+        if times[plan] <= (HOPELESS if most is None else SLOWEST) * best:
             yield plan._replace(raster=cost.raster(problem, plan))
 
 
