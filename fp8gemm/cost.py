@@ -15,8 +15,8 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
 every tile adds its epilogue, every split of K its exchange, and the start takes longer the more is loaded ahead. Waves
 come out by themselves: a CTA's number of tiles is rounded up. Against all that stands the HBM time of A, B and D. Units
 are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM rate are the device's. The constants
-below were fitted on an H200 to 20,731 measured (problem, plan) pairs: seven weights, M = 8 .. 8192. There the default is
-2.4% slower than the best of these plans in the geometric mean and 12% at worst (native/README.md).
+below were fitted on an H200 to 20,731 measured (problem, plan) pairs: seven weights, M = 8 .. 8192. There the default
+is 2.4% slower than the best of these plans in the geometric mean and 12% at worst (native/README.md).
 """
 
 import functools
