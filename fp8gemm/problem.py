@@ -30,8 +30,10 @@ class Problem(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of A that can count: of all groups."""
-        return self.m * (self.groups if self.kind == native.MASKED else 1)
+        """Rows of A that count: of all groups and, if masked, as many of each as are expected."""
+        if self.kind != native.MASKED:
+            return self.m
+        return self.groups * min(self.expected_m or self.m, self.m)
 
     @property
     def bytes(self) -> int:

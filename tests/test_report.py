@@ -196,3 +196,10 @@ def test_plans_in_words() -> None:
     assert report.plan_text(store.plan_json(plan)) == str(plan)
     assert report.plan_text(store.plan_json(backends.CpuPlan(2, 64))) == "2 threads, 64 columns"
     assert report.plan_text('{"of": "a version to come"}') == '{"of": "a version to come"}'
+
+
+def test_work_of_masked_problems() -> None:
+    """Of the rows that are expected, not of all that there is room for."""
+    assert Problem(native.MASKED, 1024, 64, 128, 32, 48).flops == 2 * 32 * 48 * 64 * 128
+    assert Problem(native.MASKED, 16, 64, 128, 32, 48).flops == Problem(native.MASKED, 16, 64, 128, 32).flops
+    assert Problem(native.MASKED, 16, 64, 128, 32).bytes == 32 * (16 * 128 + 64 * 128 + 2 * 16 * 64)

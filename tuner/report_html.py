@@ -9,6 +9,7 @@ from fp8gemm.render import digits, duration
 
 from .report import Chapter, Report, Tuned
 
+TABLE_ROWS = 40  # of a problem's plans, the fastest; its strip has all of them
 HUES = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")  # read on both grounds
 
 STYLE = """
@@ -227,8 +228,9 @@ def _strip(tuned: Tuned) -> str:
 
 
 def _table(tuned: Tuned) -> str:
+    shown = [p for i, p in enumerate(tuned.plans) if i < TABLE_ROWS or p.is_winner or p.is_default]
     rows = []
-    for plan in tuned.plans:
+    for plan in shown:
         name = "win" if plan.is_winner else "default" if plan.is_default else ""
         notes = ", ".join([*(["winner"] if plan.is_winner else []), *(["default"] if plan.is_default else [])])
         cells = (
@@ -239,6 +241,8 @@ def _table(tuned: Tuned) -> str:
         )
         row = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f'<tr class="{name}"><td>{escape(plan.plan)}</td>{row}</tr>')
+    if len(shown) < len(tuned.plans):
+        rows.append(f'<tr><td colspan="5">{len(tuned.plans) - len(shown)} more: slower</td></tr>')
     for verdict, count in tuned.left_out.items():
         rows.append(f'<tr><td colspan="5">{count} more: {escape(verdict)}</td></tr>')
     heads = "".join(f"<th>{head}</th>" for head in ("plan", "time", "", "of the winner's", ""))
