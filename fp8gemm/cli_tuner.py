@@ -34,7 +34,10 @@ def tune(
     ] = None,
     budget: Annotated[float | None, typer.Option(min=0.1, metavar="SECONDS", help="Stop after that time.")] = None,
     full: Annotated[
-        bool, typer.Option("--full", metavar="", help="Try every kernel, not only the best by the cost model.")
+        bool,
+        typer.Option(
+            "--full", metavar="", help="Try all kernels but the hopeless, not only the best by the cost model."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -1,8 +1,8 @@
 """Plans: how a problem is computed on a Hopper GPU.
 
-A plan has two halves. The compiled half (tile, stages, cluster, depth, split) goes into the kernel as macros and, with
-the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations` alone says
-what is legal.
+A plan has two halves. The compiled half (tile, stages, cluster, depth, split, swap_ab) goes into the kernel as macros
+and, with the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations`
+says what is legal; whether a split of K suits a problem's size, `cost.may_split`.
 """
 
 import functools
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """sizeof(SharedStorage) of native/kernels/gemm.cu, which asserts that both agree."""
+        """What native/kernels/storage.cuh takes and what is read behind it; it asserts that both agree."""
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 8) * 4) + 2 * 8
         columns = self.tile_n // self.split
         sent = 64 * self.waves // self.split if self.swap_ab else columns
@@ -218,7 +218,7 @@ def copy_kernel() -> Kernel:
 
 @functools.cache
 def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
-    """Every legal compiled half for this kind, each with as many stages as fit in shared memory.
+    """Every legal compiled half of three stages and more for this kind, each with as many as fit in shared memory.
 
     Plans for few rows with deep stages also come with fewer: the first stages of all SMs together are a queue at the
     memory, and what the consumers need first, scales, stands in it too (native/README.md).

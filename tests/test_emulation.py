@@ -45,8 +45,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("role", ["operands", "scales"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_what_is_loaded(sources: Path, tmp_path: Path, plan: Plan, role: str) -> None:
+    check(sources, tmp_path, plan, native.DENSE, role)
+
+
+@pytest.mark.parametrize("plan", [Plan(128, 192, 4), Plan(64, 96, 5)], ids=str)
+def test_scales_of_ragged_groups(sources: Path, tmp_path: Path, plan: Plan) -> None:
+    check(sources, tmp_path, plan, native.RAGGED, "ragged")
+
+
+def check(sources: Path, tmp_path: Path, plan: Plan, kind: int, role: str) -> None:
+    """Compiles the role's program for the plan and runs it."""
     program = tmp_path / role
-    facts = dict(plan.kernel(native.DENSE).macros) | {"TURN": plan.turn, "THREADS": plan.threads}
+    facts = dict(plan.kernel(kind).macros) | {"TURN": plan.turn, "THREADS": plan.threads}
     macros = [f"-D{name}={value}" for name, value in facts.items()]
     command = ["g++", "-std=c++20", "-O1", "-w", "-Wno-psabi", f"-I{HERE / 'emulation'}", f"-I{sources}", *macros]
     subprocess.run([*command, str(HERE / "emulation" / f"{role}.cpp"), "-o", str(program)], check=True)

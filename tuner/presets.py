@@ -13,7 +13,7 @@ from fp8gemm.planner import bucket
 from fp8gemm.problem import Problem
 from fp8gemm.store import Task
 
-CPU_ROWS = (16, 64)  # of a preset, where nobody names others: a CPU takes hours for thousands
+CPU_ROWS = (8, 16, 64)  # of a preset, where nobody names others: a CPU takes hours for thousands
 
 
 @functools.cache

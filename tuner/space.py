@@ -30,7 +30,7 @@ def default(task: Task, device: Device) -> AnyPlan:
 
 
 def kernels(task: Task, device: Device, most: int | None = MOST) -> list[AnyPlan]:
-    """The first stage, the default first and then as the model ranks them. `most` None: the whole space."""
+    """The first stage, the default first and then as the model ranks them. `most` None: all but the hopeless."""
     first = default(task, device)
     if device.is_cpu:
         others: Iterable[AnyPlan] = (CpuPlan(task.num_sms, tile_n) for tile_n in CPU_TILE_NS)

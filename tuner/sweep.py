@@ -55,7 +55,7 @@ class Sweep:
         full: bool = False,
         rest: Rest | None = None,
     ) -> None:
-        """`full`: try the whole space of kernels, to see what ranking by the model loses. `rest`: see `Race`."""
+        """`full`: try all kernels but the hopeless, to see what ranking by the model loses. `rest`: see `Race`."""
         self.target, self.writer, self.task, self.stop = target, writer, task, stop
         self.say, self.full, self.rest = say, full, rest
         self.id = secrets.token_hex(8)

@@ -152,7 +152,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     const int tile_k = 128;
     const bool deep = plan->depth > 1;
     params.blocked = deep && p->k % tile_k == 0;
-    params.sa_by_bulk &= !deep && plan->tile_m >= 64;            // many small bulk copies would take TMA's time
+    params.sa_by_bulk &= !deep && plan->tile_m >= 64;            // kBulkScales: many small ones would take TMA's time
     params.d_by_tma &= plan->tile_m >= 64 && plan->split == 1;   // else from registers
     // A CTA loads its own part of an operand that its cluster shares: some rows, or some blocks of a deep stage. Rows that
     // TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.

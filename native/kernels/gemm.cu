@@ -29,9 +29,9 @@ namespace fp8gemm {
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
-// Rows of A's scales: TMA boxes and bulk copies begin and end at multiples of four in memory. What A has behind the last
-// of them is copied apart.
-struct ScaleRows { int first, lead, bulk, rest; };               // lead: of them before the tile, as ragged groups begin
+// Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
+// copied apart.
+struct ScaleRows { int first, lead, bulk, rest; };               // lead: those before the tile, of a ragged group
 
 __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
     const int lead = kKind == kRagged && p.sa_by_bulk ? tile.row % 4 : 0, first = tile.row - lead;

@@ -39,8 +39,8 @@ constexpr int kPartials = kTwoPartials ? 2 : 1;
 constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
 constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
 constexpr int kScaleThreads = 96;                                // of the producer
-constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies, of multiples of 16 bytes
-constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, of B at most two
+constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies; launch.cpp says so too
+constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, two of B's
 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
@@ -59,8 +59,9 @@ static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192 && kTileN != 176
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
 static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3), "see swapped.cuh");
-static_assert(kSwapAB || kColumns % 8 == 0 && kColumns * kSplit == kTileN, "a CTA of a split stores whole registers of wgmma");
-static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "a deep stage is loaded by whole blocks");
+static_assert(!kSwapAB || kKind != kContiguous, "a tile of a few rows would count more of its segment");
+static_assert(kSwapAB || (kColumns % 8 == 0 && kColumns * kSplit == kTileN), "a CTA stores whole registers of wgmma");
+static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "deep stages come by whole blocks");
 static_assert(kSwapAB || kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");
 static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
 static_assert(kKind == kDense || kConsumers <= 2, "three consumers have no registers to look for groups");

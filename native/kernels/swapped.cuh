@@ -1,8 +1,8 @@
 // The consumer for few tokens: operands swapped. wgmma's 64 rows are rows of B and its columns are rows of A, so that 8
 // tokens cost what 8 cost, not 64: the consumer is done with a stage long before the next one has come from memory.
 //
-// A thread's sums of a wave of 64 rows of B are D transposed: in sum[w][4 * q ...] tokens 8 * q + 2 * (lane % 4) + {0, 1}
-// of B's rows r = 64 * w + 16 * warp + lane / 4 (first two) and r + 8 (last two).
+// A thread's sums of a wave of 64 rows of B are D transposed: from 4 * q on, those of tokens 8 * q + 2 * (lane % 4) + {0,
+// 1} and B's rows r = 64 * w + 16 * warp + lane / 4 (first two) and r + 8 (last two).
 #pragma once
 #include "epilogue.cuh"
 #include "plan.cuh"
@@ -43,7 +43,7 @@ __device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegister
     return true;
 }
 
-// A wave's sums to D: d points to the tile's first token and the wave's first row of B; `columns` of those are the tile's.
+// A wave's sums to D. d points to the tile's first token and the wave's first row of B; `columns` of those are its own.
 __device__ void store_swapped(const GemmParams& p, const float* sum, u16* d, int tokens, int columns) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
@@ -68,14 +68,15 @@ __device__ void store_swapped(const GemmParams& p, const float* sum, u16* d, int
 __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;    // of B in a wave, this thread's first
     const int token = threadIdx.x % 4 * 2;
-    const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a)), b_first = keep_uniform(wgmma_address(s.stages[0].b));
+    const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a));
+    const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
     const u32 a_block = p.a_box_rows * (kTileK / 16), empty_first = keep(shared_address(&s.stages[0].empty));
     u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         float sum[kSwappedRegisters] = {};
-        const int b_split = 128 - tile.column % 128 - row;       // rows of B behind this thread's before the second scale
+        const int b_split = 128 - tile.column % 128 - row;       // rows of B from this thread's to the second scale
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             const u32 a = a_first + ring.offset / 16, b = b_first + ring.offset / 16;
@@ -87,9 +88,11 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
 #pragma unroll
                 for (int w = 0; w < kWaves; ++w)
 #pragma unroll
-                    for (int k = 0; k < kTileK / 32; ++k)
-                        Wgmma<kTokens>::mma(partial[j][w], wgmma_operand(b + (j * kTileN + w * 64) * (kTileK / 16) + 2 * k),
-                                           wgmma_operand(a + j * a_block + 2 * k), k > 0);
+                    for (int k = 0; k < kTileK / 32; ++k) {
+                        const u32 wave = b + (j * kTileN + w * 64) * (kTileK / 16), tokens = a + j * a_block;
+                        Wgmma<kTokens>::mma(partial[j][w], wgmma_operand(wave + 2 * k), wgmma_operand(tokens + 2 * k),
+                                            k > 0);
+                    }
             wgmma_commit();
 #pragma unroll
             for (int j = 0; j < kDepth; ++j) {
