@@ -1,8 +1,8 @@
 // The consumer for few tokens: operands swapped. wgmma's 64 rows are rows of B and its columns are rows of A, so that 8
 // tokens cost what 8 cost, not 64: the consumer is done with a stage long before the next one has come from memory.
 //
-// A thread's sums of a wave of 64 rows of B are D transposed: from 4 * q on, those of tokens 8 * q + 2 * (lane % 4) and the
-// next, and of B's rows r = 64 * w + 16 * warp + lane / 4 (first two) and r + 8 (last two).
+// A thread's sums of a wave of 64 rows of B are D transposed: from 4 * q on, those of tokens 8 * q + 2 * (lane % 4) and
+// the next, and of B's rows r = 64 * w + 16 * warp + lane / 4 (first two) and r + 8 (last two).
 #pragma once
 #include "epilogue.cuh"
 #include "plan.cuh"
