@@ -107,7 +107,7 @@ def test_tune_within_a_budget() -> None:
     assert code == 0
     assert len(report["problems"]) < report["asked"] == 4
     _, report = call_json("tune", "--device", "cpu", "--preset", "llama3", "--budget", "0.1")
-    assert report["asked"] == 8, "a CPU is not asked for thousands of rows"
+    assert report["asked"] == 12, "a CPU is not asked for thousands of rows"
 
 
 def test_tune_without_a_place_for_the_store(cache_dir: Path) -> None:
