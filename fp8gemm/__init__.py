@@ -29,7 +29,7 @@ from .layout import (
     get_tma_aligned_size,
 )
 from .live import refresh
-from .planner import Prepared, Shapes, prepare
+from .planner import Prepared, Shapes, get_batch_invariant, prepare, set_batch_invariant
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
 __version__ = "0.1.0"
@@ -53,6 +53,7 @@ __all__ = [
     "Tensor",
     "ceil_div",
     "gemm_fp8_fp8_bf16_nt",
+    "get_batch_invariant",
     "get_col_major_tma_aligned_tensor",
     "get_m_alignment_for_contiguous_layout",
     "get_num_sms",
@@ -63,5 +64,6 @@ __all__ = [
     "per_token_cast_to_fp8",
     "prepare",
     "refresh",
+    "set_batch_invariant",
     "set_num_sms",
 ]

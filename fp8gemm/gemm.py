@@ -28,7 +28,8 @@ def gemm_fp8_fp8_bf16_nt(
         stream: CUstream as an int, or an object with `__cuda_stream__`; by default the current stream of the
             framework of d (of a, without d).
         batch_invariant: take only plans that sum K in ascending order, so that a row's bits depend neither on M nor on
-            the plan. Slower where tiles are few and other plans split K: by the cost model up to 1.7 times.
+            the plan; None: as `set_batch_invariant` says. Slower where tiles are few and other plans split K: on an
+            H200, DeepSeek-V3's layers at M = 8 .. 8192, 1.04 times in the geometric mean, 1.34 times at most.
 
     uint8 is taken as e4m3 and uint16 as bfloat16. K is a multiple of 16; the last dimension of a, b and d is
     contiguous. M = 0 and K = 0 are fine. Returns d.
@@ -153,7 +154,7 @@ def _call(
         d = Tensor(shape, BF16, (found.device_type, found.device_id), handle)
         operands.d = d.view
     if found.m:
-        entry = planner.planned(planner.make_key(found, expected_m, bool(batch_invariant)), handle)
+        entry = planner.planned(planner.make_key(found, expected_m, batch_invariant), handle)
         backends.run(entry, operands, found, handle)
     if handle is not None:
         if isinstance(d, Tensor):

@@ -200,6 +200,8 @@ _PLAIN: dict[str, tuple[Any, list[Any]]] = {  # no status
     "find": (_P(Entry), [_P(Key)]),
     "entries": (c_size_t, [_P(Entry), _P(c_uint64), c_size_t]),
     "forget_plans": (None, []),
+    "set_batch_invariant": (None, [c_int]),
+    "batch_invariant": (c_int, []),
     "sm_limit": (c_int, [c_int]),
 }
 

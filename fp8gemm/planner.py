@@ -56,10 +56,25 @@ def _cpu_default(problem: Problem, threads: int) -> CpuPlan:
     return CpuPlan(threads, 32)
 
 
-def make_key(found: native.Problem, expected_m: int = 0, batch_invariant: bool = False) -> native.Key:
-    """What a described call is looked up by, with the SM limit in force."""
-    key = native.Key()
-    native.library().make_key(ctypes.byref(found), min(expected_m, 2**31), batch_invariant, ctypes.byref(key))
+def set_batch_invariant(enabled: bool) -> None:
+    """Makes all calls of this process that do not say `batch_invariant=` batch-invariant, or not (the default).
+
+    Raises OperandError for anything but a bool.
+    """
+    if not isinstance(enabled, bool):
+        raise OperandError("enabled", f"{enabled!r}; must be a bool")
+    native.library().set_batch_invariant(enabled)
+
+
+def get_batch_invariant() -> bool:
+    """What `set_batch_invariant` said."""
+    return bool(native.library().batch_invariant())
+
+
+def make_key(found: native.Problem, expected_m: int = 0, batch_invariant: bool | None = False) -> native.Key:
+    """What a described call is looked up by, with the SM limit in force. `batch_invariant` None: as set."""
+    key, invariant = native.Key(), -1 if batch_invariant is None else int(bool(batch_invariant))
+    native.library().make_key(ctypes.byref(found), min(expected_m, 2**31), invariant, ctypes.byref(key))
     return key
 
 
@@ -216,7 +231,7 @@ class Prepared(NamedTuple):
     kernels: int
 
 
-def prepare(shapes: Shapes | Iterable[Shapes], *, device: int = 0, batch_invariant: bool = False) -> Prepared:
+def prepare(shapes: Shapes | Iterable[Shapes], *, device: int = 0, batch_invariant: bool | None = None) -> Prepared:
     """Compiles, loads and plans everything that calls of these shapes need, so that none of them has to.
 
         fp8gemm.prepare([fp8gemm.Shapes(n=7168, k=2048, m=range(1, 4097)), ...], device=0)
@@ -247,7 +262,7 @@ def prepare(shapes: Shapes | Iterable[Shapes], *, device: int = 0, batch_invaria
     return Prepared(len(chosen), len(kernels))
 
 
-def _keys(given: Shapes, device: int, batch_invariant: bool) -> Iterator[native.Key]:
+def _keys(given: Shapes, device: int, batch_invariant: bool | None) -> Iterator[native.Key]:
     """Keys of all calls of these shapes, some more than once."""
     if given.kind not in KINDS:
         raise OperandError("kind", f"{given.kind!r}, known are {', '.join(KINDS)}")

@@ -207,6 +207,19 @@ def test_both_ways_launch_the_same() -> None:
 
 
 @on_stub_gpus
+def test_batch_invariant_as_set() -> None:
+    """A call that does not say takes the setting, both ways; one that says does not."""
+    call = operands(m=16, n=576, k=7168)  # few tiles: the default plan splits K
+    split, whole = (launched(call._replace(batch_invariant=invariant).public) for invariant in (False, True))
+    assert split != whole
+    fp8gemm.set_batch_invariant(True)
+    assert launched(call.the_long_way) == launched(call.without_python) == whole
+    assert launched(call._replace(batch_invariant=False).without_python) == split
+    fp8gemm.set_batch_invariant(False)
+    assert launched(call.without_python) == launched(call.the_long_way) == split
+
+
+@on_stub_gpus
 def test_offsets_and_no_strides() -> None:
     call = operands(column=False)
     (a, sa), (b, sb), d = call.lhs, call.rhs, call.d

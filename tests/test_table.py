@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8gemm import native, planner
+import fp8gemm
+from fp8gemm import OperandError, native, planner
 from fp8gemm.backends import CpuPlan
 from fp8gemm.problem import Problem
 
@@ -84,6 +85,24 @@ def test_what_a_key_tells_apart() -> None:
         key(k=0),
     ]
     assert len({tuple(k.items()) for k in (plain, *different)}) == 1 + len(different)
+
+
+def test_calls_that_do_not_say_are_batch_invariant_as_set() -> None:
+    said = [
+        fields(planner.make_key(found(native.DENSE), 0, invariant))["batch_invariant"] for invariant in (False, True)
+    ]
+    assert said == [0, 1]
+    assert not fp8gemm.get_batch_invariant()
+    try:
+        for enabled in (True, False):
+            fp8gemm.set_batch_invariant(enabled)
+            assert fp8gemm.get_batch_invariant() is enabled
+            assert fields(planner.make_key(found(native.DENSE), 0, None))["batch_invariant"] == enabled
+            assert fields(planner.make_key(found(native.DENSE), 0, not enabled))["batch_invariant"] == (not enabled)
+    finally:
+        fp8gemm.set_batch_invariant(False)
+    with pytest.raises(OperandError, match="enabled: 1; must be a bool"):
+        fp8gemm.set_batch_invariant(1)  # type: ignore[arg-type]
 
 
 def test_sm_limits_are_part_of_the_key() -> None:

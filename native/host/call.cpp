@@ -101,9 +101,10 @@ bool launched(const Python& py, const Arguments& given) {
     if (!is_int(py, given.expected_m)) return false;
     const long long expected_m = py.PyLong_AsLongLong(given.expected_m);
     if (expected_m < 0) return false;            // also an error: too large
-    const bool invariant = given.batch_invariant == py._Py_TrueStruct;
-    if (!invariant && given.batch_invariant != py._Py_FalseStruct && given.batch_invariant != py._Py_NoneStruct)
-        return false;
+    const int invariant = given.batch_invariant == py._Py_TrueStruct    ? 1
+                          : given.batch_invariant == py._Py_FalseStruct ? 0
+                                                                        : -1;
+    if (invariant < 0 && given.batch_invariant != py._Py_NoneStruct) return false;
 
     fp8gemm_operands operands;
     const void* api;                             // of the tensor read last: d

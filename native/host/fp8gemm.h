@@ -128,8 +128,10 @@ FP8GEMM_API int fp8gemm_describe(fp8gemm_operands *operands, fp8gemm_problem *pr
 
 /* Any thread may call these at any time. A found entry never changes and lives as long as the process. */
 FP8GEMM_API int32_t fp8gemm_bucket(int64_t m);                  /* rows for which one plan serves */
-FP8GEMM_API void fp8gemm_make_key(const fp8gemm_problem *problem, int64_t expected_m, int batch_invariant,
-                                  fp8gemm_key *key);
+FP8GEMM_API void fp8gemm_make_key(const fp8gemm_problem *problem, int64_t expected_m,
+                                  int batch_invariant /* 0, 1, or -1: as set */, fp8gemm_key *key);
+FP8GEMM_API void fp8gemm_set_batch_invariant(int on);           /* for all calls that do not say */
+FP8GEMM_API int fp8gemm_batch_invariant(void);
 FP8GEMM_API const fp8gemm_entry *fp8gemm_find(const fp8gemm_key *key);           /* null: a miss; else counts a call */
 /* Replaces what its key had, but for a plan from the store that one from elsewhere would replace. */
 FP8GEMM_API int fp8gemm_put(const fp8gemm_entry *entry);

@@ -30,6 +30,7 @@ constexpr size_t kMaxSlots = 1 << 16;            // a process with more problems
 std::atomic<Slot*> chains[kChains];
 size_t slots = 0;                                // under the lock
 std::atomic<int32_t> sm_limits[kMaxDevices];     // 0: none
+std::atomic<int> all_batch_invariant{0};
 
 size_t chain_of(const fp8gemm_key& key) {
     static_assert(sizeof key % 8 == 0, "hashed in words");
@@ -66,7 +67,7 @@ void fp8gemm_make_key(const fp8gemm_problem* p, int64_t expected_m, int batch_in
                                                      : expected_m;
     key->m = fp8gemm_bucket(p->m), key->n = p->n, key->k = p->k, key->groups = p->groups;
     key->expected_m = fp8gemm_bucket(std::min<int64_t>(rows, p->m));
-    key->batch_invariant = batch_invariant != 0;
+    key->batch_invariant = batch_invariant < 0 ? fp8gemm_batch_invariant() : batch_invariant != 0;
     if (!cuda) return;
     key->row_scales = !p->scales_by_bulk;
     key->num_sms = fp8gemm_sm_limit(p->device_id);
@@ -124,6 +125,10 @@ void fp8gemm_forget_plans(void) {
         for (Slot* slot = chain.load(std::memory_order_relaxed); slot; slot = slot->next)
             slot->entry.store(nullptr, std::memory_order_release);
 }
+
+void fp8gemm_set_batch_invariant(int on) { all_batch_invariant.store(on != 0, std::memory_order_relaxed); }
+
+int fp8gemm_batch_invariant(void) { return all_batch_invariant.load(std::memory_order_relaxed); }
 
 int fp8gemm_limit_sms(int device_id, int num_sms) {
     if (!known_device(device_id))
