@@ -15,7 +15,7 @@ from fp8gemm.store import AnyPlan, Task
 MOST = 100  # kernels that a sweep tries
 SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
 HOPELESS = 3.0  # and where it is
-POLICIES = ("evict_normal", "evict_first")  # evict_last keeps weights in L2 that are not read again, and gains nothing
+POLICIES = ("evict_normal", "evict_first")  # evict_last gains nothing (native/README.md)
 CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
 
 

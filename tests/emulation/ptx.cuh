@@ -55,17 +55,16 @@ inline u32 rank_in_cluster;
 struct Copy { const void *to, *from; bool valid; };              // of four bytes; to null: the end of a turn
 inline std::vector<Copy> copies;
 
-struct Load { const float* from; };                              // load_float returns which one it was, from 1 on
-inline std::vector<Load> loads;
+inline std::vector<const float*> loads;                          // load_float returns which one it was, from 1 on
 inline std::vector<u32> arrivals;                                // at barriers, by their offset from the first stage's
 
 PTX float load_float(const float* from, bool valid) {
     if (!valid) return 0;
-    loads.push_back({from});
+    loads.push_back(from);
     return static_cast<float>(loads.size());
 }
 PTX void store_float(float* to, float v) {
-    copies.push_back({to, v ? loads[static_cast<size_t>(v) - 1].from : nullptr, v != 0});
+    copies.push_back({to, v ? loads[static_cast<size_t>(v) - 1] : nullptr, v != 0});
 }
 PTX void copy_async_4(void* to, const void* from, bool valid) { copies.push_back({to, from, valid}); }
 PTX void copy_async_arrive(u64* barrier) { copies.push_back({nullptr, barrier, false}); }

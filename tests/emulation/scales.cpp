@@ -5,9 +5,9 @@ namespace {
 
 // What one fill of a stage must hold: of each block, the scale of each row that exists and those of B; of A's all but
 // what bulk copies bring.
-void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std::vector<Copy>>& fills, const Stage& stage) {
-    const int blocks = blocks_of_k(p), bulk = p.sa_by_bulk ? min(kTileM, max(p.m - tile.row, 0)) / 4 * 4 : 0;
-    const int last = min(kTileM, max(p.m - tile.row, 0));
+void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std::vector<Copy>>& fills,
+           const Stage& stage) {
+    const int blocks = blocks_of_k(p), last = min(kTileM, max(p.m - tile.row, 0)), bulk = p.sa_by_bulk ? last / 4 * 4 : 0;
     std::vector<bool> seen(kDepth * kScaleSlots);
     for (const auto& copied : fills)
         for (const Copy& c : copied) {
@@ -16,7 +16,8 @@ void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std:
             const int j = static_cast<int>(slot) / kScaleSlots, i = static_cast<int>(slot) % kScaleSlots;
             const bool of_a = i < kTileM;
             const int of_b = i - kScalesOfB, block = tile.column / 128 + of_b;
-            if (seen[slot] || (of_a ? i < bulk || i >= last : of_b < 0 || of_b > 1)) fail("copied twice, or not to be copied", j, i);
+            if (seen[slot] || (of_a ? i < bulk || i >= last : of_b < 0 || of_b > 1))
+                fail("copied twice, or not to be copied", j, i);
             seen[slot] = true;
             const bool valid = kb + j < blocks && (of_a ? tile.row + i < p.m : block * 128 < p.n);
             if (c.valid != valid) fail("wrong validity", j, i);
