@@ -80,11 +80,11 @@ def may_split(problem: Problem, plan: Plan) -> bool:
 
 
 def cluster_tiles(problem: Problem, plan: Plan) -> int:
-    """Tiles of D of the plan's clusters; of groups as many as the model assumes."""
+    """Tiles of D of the plan's clusters; of groups as many as the model assumes. Each group begins a new tile."""
     groups, rows = _groups(problem)
-    tiles_m = -(-rows // (plan.tile_m * plan.cluster_m))
+    tiles_m = -(-groups * -(-rows // plan.tile_m) // plan.cluster_m)
     tiles_n = -(-problem.n // (plan.tile_n * plan.cluster_n))
-    return groups * tiles_m * tiles_n
+    return tiles_m * tiles_n
 
 
 def clusters(plan: Plan) -> int:

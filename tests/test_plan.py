@@ -289,32 +289,34 @@ def walk(case: Case, block: int) -> Iterator[Tile]:
     tile_m, tile_n, cluster_m, cluster_n = case.tile
     cluster, height = cluster_m * cluster_n, tile_m * cluster_m
     columns, rank = ceil_div(case.n, tile_n * cluster_n), block % cluster
-    for index in range(block // cluster, 10**9, case.grid // cluster):
-        group, in_group, start, rows = 0, index, 0, case.m
-        if case.kind in (native.RAGGED, native.MASKED):
-            for group in range(case.groups):
-                end = clamp(case.layout[group], case.m)
-                start = clamp(case.layout[group - 1], case.m) if case.kind == native.RAGGED and group else 0
-                rows = max(end - start, 0)
-                tiles = ceil_div(rows, height) * columns
-                if in_group < tiles:
-                    break
-                in_group -= tiles
-            else:
-                return
-        elif index >= ceil_div(case.m, height) * columns:
-            return
-        band = in_group // (case.raster * columns)
+    searches = case.kind in (native.RAGGED, native.MASKED)
+    row_tiles = list(tiles_along_m(case)) if searches else []
+    rows = len(row_tiles) * tile_m if searches else case.m
+    for index in range(block // cluster, ceil_div(rows, height) * columns, case.grid // cluster):
+        band = index // (case.raster * columns)
         band_rows = min(case.raster, ceil_div(rows, height) - band * case.raster)
-        in_band = in_group - band * case.raster * columns
+        in_band = index - band * case.raster * columns
         m = (band * case.raster + in_band % band_rows) * cluster_m + (rank if cluster_m > 1 else 0)
         n = in_band // band_rows * cluster_n + (rank if cluster_n > 1 else 0)
-        row = start + m * tile_m
-        tile = Tile(group, row, n * tile_n, rows - m * tile_m)
-        if case.kind != native.CONTIGUOUS:
+        tile = Tile(0, m * tile_m, n * tile_n, rows - m * tile_m)
+        if searches:
+            own, other = (row_tiles[min(t, len(row_tiles) - 1)] for t in (m, m ^ 1))
+            missing = m >= len(row_tiles)
+            alone = int(cluster_m > 1 and own[0] != other[0])
+            yield tile._replace(group=own[0], row=own[1], rows=0 if missing else own[2], alone=alone)
+        elif case.kind == native.DENSE:
             yield tile
         elif (found := find_segment(case, tile, rank)) is not None:
             yield found
+
+
+def tiles_along_m(case: Case) -> Iterator[tuple[int, int, int]]:
+    """Ragged and masked: group, first row and rows that are left of it, of each tile along M."""
+    for group in range(case.groups):
+        start = clamp(case.layout[group - 1], case.m) if case.kind == native.RAGGED and group else 0
+        rows = max(clamp(case.layout[group], case.m) - start, 0)
+        for row in range(0, rows, case.tile[0]):
+            yield group, start + row, rows - row
 
 
 def find_segment(case: Case, tile: Tile, rank: int) -> Tile | None:
@@ -352,6 +354,9 @@ inline int __shfl_sync(unsigned, int value, int lane) {
 inline int __shfl_up_sync(unsigned, int value, int step) {
     return exchange(value, [](const int* values, int lane, int by) { return values[lane - (lane < by ? 0 : by)]; },
                     step);
+}
+inline int __shfl_xor_sync(unsigned, int value, int mask) {
+    return exchange(value, [](const int* values, int lane, int by) { return values[lane ^ by]; }, mask);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
     return exchange(vote, [](const int* values, int, int) {

@@ -1,7 +1,8 @@
 // Which tile a CTA computes next. Every role of the kernel runs its own copy and sees the same sequence.
 //
-// Tiles are numbered group by group; inside a group in bands of `raster` cluster tiles along M, down each column of the
-// band first, so that the tiles that run at one time share A and B in L2. Cluster c takes tiles c, c + clusters, ...
+// Tiles are numbered in bands of `raster` cluster tiles along M, down each column of the band first, so that the tiles
+// that run at one time share A and B in L2. Cluster c takes tiles c, c + clusters, ... Along M the tiles of all groups
+// follow one another; each group begins a new one.
 // Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory.
 #pragma once
 #include "plan.cuh"
@@ -21,7 +22,7 @@ public:
     // Whole warps construct and call: the search for the group uses all 32 lanes.
     __device__ Scheduler(const GemmParams& params)
         : p(params), index(blockIdx.x / kCluster), columns(ceil_div(p.n, kTileN * kClusterN)) {
-        if constexpr (kKind == kRagged || kKind == kMasked) load_window(0);
+        if constexpr (kSearches) load_window(0), row_tiles = p.groups > 32 ? count_row_tiles() : window_tiles();
         if constexpr (kKind == kContiguous) look_ahead();
     }
 
@@ -31,41 +32,40 @@ public:
                 if (!ahead.exists) return false;
             } while (!take_segment(tile));
         } else {
-            int in_group = index, start = 0, rows = p.m;
+            const int rows = kSearches ? row_tiles * kTileM : p.m;
+            if (index >= ceil_div(rows, kRows) * columns) return false;
+            place(tile, rows);
             tile.group = tile.alone = 0;
-            if constexpr (kKind == kRagged || kKind == kMasked) {
-                if (!find_group(tile.group, in_group, start, rows)) return false;
-            } else if (index >= ceil_div(p.m, kRows) * columns) {
-                return false;
-            }
-            index += gridDim.x / kCluster;
-            place(tile, in_group, start, rows);
+            if constexpr (kSearches) find_groups(tile);
         }
         return true;
     }
 
 private:
     static constexpr int kRows = kTileM * kClusterM;
+    static constexpr bool kSearches = kKind == kRagged || kKind == kMasked;
 
     const GemmParams& p;
     int index;                                   // of the next cluster tile
     const int columns;                           // cluster tiles along N
-    // A window of 32 groups, one a lane: first row, rows, tiles, and the tiles up to and including this group.
+    int row_tiles = 0;                           // along M, of all groups
+    // A window of 32 groups, one a lane: first row, rows, tiles along M, and those up to and including this group.
     int window = 0, tiles_before = 0, lane_start = 0, lane_rows = 0, lane_tiles = 0, lane_sum = 0;
 
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-    // The tile's corner: the `in_group`-th of a group of `rows` rows that begin at `start`.
-    __device__ void place(Tile& tile, int in_group, int start, int rows) const {
+    // The next tile's corner, of `rows` rows in all.
+    __device__ void place(Tile& tile, int rows) {
         const int rank = kCluster > 1 ? cluster_rank() : 0;
-        int m = 0, n = in_group;
+        int m = 0, n = index;
         if (rows > kRows) {                      // one row of tiles starts sooner without the divisions
-            const int band = in_group / (p.raster * columns), in_band = in_group - band * p.raster * columns;
+            const int band = index / (p.raster * columns), in_band = index - band * p.raster * columns;
             const int height = min(p.raster, ceil_div(rows, kRows) - band * p.raster);
             m = band * p.raster + in_band % height, n = in_band / height;
         }
+        index += gridDim.x / kCluster;
         m = m * kClusterM + (kClusterM > 1 ? rank : 0), n = n * kClusterN + (kClusterN > 1 ? rank : 0);
-        tile.row = start + m * kTileM;
+        tile.row = m * kTileM;
         tile.rows = rows - m * kTileM;
         tile.column = n * kTileN;
     }
@@ -81,8 +81,7 @@ private:
     __device__ void look_ahead() {
         ahead.exists = index < ceil_div(p.m, kRows) * columns;
         if (!ahead.exists) return;
-        place(ahead.tile, index, 0, p.m);
-        index += gridDim.x / kCluster;
+        place(ahead.tile, p.m);
         const int row = ahead.tile.row;
         auto group_of = [&](int r) { return r < p.m ? p.layout[r] : -1; };
         ahead.group = group_of(row);
@@ -112,37 +111,55 @@ private:
         return work;
     }
 
+    __device__ int rows_of(int group, int& start) const {
+        start = 0;
+        if (group >= p.groups) return 0;
+        if (kKind == kRagged && group > 0) start = min(max(p.layout[group - 1], 0), p.m);
+        return max(min(max(p.layout[group], 0), p.m) - start, 0);
+    }
+
+    __device__ int count_row_tiles() const {
+        int count = 0, start;
+        for (int group = threadIdx.x % 32; group < p.groups; group += 32)
+            count += ceil_div(rows_of(group, start), kTileM);
+        for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(0xffffffff, count, step);
+        return count;
+    }
+
+    __device__ int window_tiles() const { return __shfl_sync(0xffffffff, lane_sum, 31); }
+
     __device__ void load_window(int first) {
-        const int lane = threadIdx.x % 32, g = first + lane;
+        const int lane = threadIdx.x % 32;
         window = first;
-        lane_start = lane_rows = 0;
-        if (g < p.groups) {
-            const int end = min(max(p.layout[g], 0), p.m);
-            if constexpr (kKind == kRagged) lane_start = g ? min(max(p.layout[g - 1], 0), p.m) : 0;
-            lane_rows = max(end - lane_start, 0);
-        }
-        lane_sum = lane_tiles = ceil_div(lane_rows, kRows) * columns;
+        lane_rows = rows_of(first + lane, lane_start);
+        lane_sum = lane_tiles = ceil_div(lane_rows, kTileM);
         for (int step = 1; step < 32; step *= 2) {
             const int below = __shfl_up_sync(0xffffffff, lane_sum, step);
             if (lane >= step) lane_sum += below;
         }
     }
 
-    __device__ bool find_group(int& group, int& in_group, int& start, int& rows) {
-        for (;;) {
-            const unsigned beyond = __ballot_sync(0xffffffff, tiles_before + lane_sum > index);
-            if (beyond) {
-                const int lane = __ffs(beyond) - 1;
-                group = window + lane;
-                in_group = index - tiles_before - __shfl_sync(0xffffffff, lane_sum - lane_tiles, lane);
-                start = kKind == kRagged ? __shfl_sync(0xffffffff, lane_start, lane) : 0;
-                rows = __shfl_sync(0xffffffff, lane_rows, lane);
-                return true;
-            }
-            if (window + 32 >= p.groups) return false;
-            tiles_before += __shfl_sync(0xffffffff, lane_sum, 31);
-            load_window(window + 32);
+    // place() counted rows as if each group filled its last tile: from there to the group and the rows that it has.
+    __device__ void find_groups(Tile& tile) {
+        const int row_tile = tile.row / kTileM, last = row_tiles - 1;
+        Tile other;
+        if constexpr (kClusterM > 1) find_group(other, min(row_tile ^ 1, last));
+        find_group(tile, min(row_tile, last));
+        if constexpr (kClusterM > 1) {
+            tile.alone = tile.group != other.group;
+            if (row_tile > last) tile.rows = 0;  // only keeps the other CTA company
         }
+    }
+
+    __device__ void find_group(Tile& tile, int row_tile) {
+        while (row_tile < tiles_before) load_window(window - 32), tiles_before -= window_tiles();
+        while (row_tile >= tiles_before + window_tiles()) tiles_before += window_tiles(), load_window(window + 32);
+        const int lane = __ffs(__ballot_sync(0xffffffff, tiles_before + lane_sum > row_tile)) - 1;
+        const int before = tiles_before + __shfl_sync(0xffffffff, lane_sum - lane_tiles, lane);
+        const int row = (row_tile - before) * kTileM;
+        tile.group = window + lane;
+        tile.row = __shfl_sync(0xffffffff, lane_start, lane) + row;
+        tile.rows = __shfl_sync(0xffffffff, lane_rows, lane) - row;
     }
 };
 
