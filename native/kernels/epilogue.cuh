@@ -67,7 +67,7 @@ __device__ u32 panel_offset(int row, int column) {
 
 // 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others.
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = first + warp * 16 + lane % 16;
+    const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32, row = first + warp * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {    // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
@@ -80,7 +80,7 @@ __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum
 // Straight from registers: what TMA can't store (strides off 16 bytes; a group's tail, below which another group's rows
 // begin), and tiles so small that its detour takes longer.
 __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], u16* d, int rows, int columns) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
     const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
     for (int half = 0; half < 2; ++half) {
         const int row = warp * 16 + half * 8 + lane / 4;

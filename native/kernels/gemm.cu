@@ -98,6 +98,9 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
             __syncwarp();
         }
     }
+    // Where a peer arrives at our barriers, we stay until it has done so for the last time.
+    if constexpr (kShare > 1)
+        for (int i = 0; i < kStages; ++i, ring.advance()) barrier_wait(&ring.stage(s).empty, ring.phase ^ 1);
 }
 
 // ---- producer: scales ----------------------------------------------------------------------------------------------
@@ -151,23 +154,23 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
-        int end[kCopies];                                        // from this block on zeros
-        bool wants[kCopies];                                     // not of rows that A has not
+        bool wants[kCopies];                                     // not of rows that A has not, nor of B
         for (int c = 0; c < kCopies; ++c) {                      // scale i of block j of each stage
             const int copy = thread + c * kScaleThreads, j = copy / kCount, i = copy % kCount;
             const int n_block = tile.column / 128 + i - kTileM;
             from[c] = i < kTileM ? p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
                                        (first_block + j) * p.sa_k
                                  : p.sb + tile.group * p.sb_group + n_block * p.sb_row + (first_block + j) * p.sb_k;
-            wants[c] = to[c] && (i >= kTileM || i < tile.rows);
-            end[c] = i < kTileM || n_block * 128 < p.n ? blocks - j : 0;
+            wants[c] = to[c] && (i < kTileM ? i < tile.rows : n_block * 128 < p.n);
         }
         dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
+            const bool whole = kb + kDepth <= blocks;            // else zeros behind K
             for (int c = 0; c < kCopies; ++c) {
-                if (wants[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], kb < end[c]);
+                const bool exists = whole || kb + (thread + c * kScaleThreads) / kCount < blocks;
+                if (wants[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], exists);
                 from[c] += kDepth * (of_b[c] ? p.sb_k : p.sa_k);
             }
             copy_async_arrive(&stage.full);
@@ -194,7 +197,6 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK));
     const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
     const u32 a_block = p.a_box_rows * (kTileK / 16);            // from one block of a deep stage to the next
-    const u32 scales_first = keep(first_row + warp * 16 % kTileM + lane / 4);
     u64* const empty = &s.stages[0].empty;
     const u32 empty_first = keep(kShare > 1 ? remote_address(empty, lane % kShare) : shared_address(empty));
     u32 rounds = 0;
@@ -213,7 +215,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 
         float sum[kWaves][kTileN / 2] = {};
         const int b_split = keep(128 - tile.column % 128);       // columns of the tile before its second B scale
-        const u32 scales = scales_first + scale_rows(p, tile).lead;
+        const u32 scales = keep(first_row + warp * 16 % kTileM + lane / 4 + scale_rows(p, tile).lead);
         bool landed = false;
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         for (int kb = first_block; kb < last_block; kb += kTurn) {
@@ -306,21 +308,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
 
-    // The warp that loads sets up the barriers, and goes ahead of the others: until its first load lands, all wait.
-    const bool loads = warp == kConsumers * 4;
-    if (loads && elect_one()) {
-        prefetch_map(p.a), prefetch_map(p.b);
-        for (Stage& stage : s.stages) {
-            barrier_init(&stage.full, 1 + scale_arrivals(p));
-            barrier_init(&stage.empty, kConsumers * 4 * kShare);
+    // The barriers of a stage or a consumer each, by all warps at a time: no load is issued before the last is set up.
+    if (elect_one()) {
+        if (warp == kThreads / 32 - 1) prefetch_map(p.a), prefetch_map(p.b);
+#pragma unroll 1
+        for (int i = warp; i < kStages; i += kThreads / 32) {
+            barrier_init(&s.stages[i].full, 1 + scale_arrivals(p));
+            barrier_init(&s.stages[i].empty, kConsumers * 4 * kShare);
         }
-        for (int i = 0; i < kConsumers; ++i)
-            barrier_init(&s.parts_full[i], 1), barrier_init(&s.parts_empty[i], kSplit > 1 ? 4 * (kSplit - 1) : 1);
+        if (kSplit > 1 && warp < kConsumers)
+            barrier_init(&s.parts_full[warp], 1), barrier_init(&s.parts_empty[warp], 4 * (kSplit - 1));
         fence_barrier_init();
     }
-    if (kCluster > 1) __syncwarp(), cluster_arrive();
+    __syncwarp();
+    if (kCluster > 1) cluster_arrive();
     if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
-    else if (loads) __syncwarp(), named_barrier_arrive(0, kThreads);
     else named_barrier_sync(0, kThreads);
     dependents_launch();
     if (kKind != kDense) dependency_wait();      // nothing above has read memory; group sizes come from there
@@ -338,7 +340,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
         if constexpr (kSwapAB) multiply_swapped(p, s, first, last);
         else multiply(p, s, first, last, warpgroup);
     }
-    if constexpr (kShare > 1) cluster_sync();    // a peer may still write here or arrive at these barriers
 }
 
 }  // namespace fp8gemm

@@ -30,7 +30,6 @@ constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math
 constexpr int kWaves = kSwapAB ? (kTileN + 63) / 64              // 64-row blocks of each, one after another
                      : kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : 232;
 
 // A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
 // partial sums at a time, one's promotion hides behind the next one's wgmma.
@@ -38,6 +37,9 @@ constexpr bool kTwoPartials = !kSwapAB && kConsumers <= 2 && kTileN * (kWaves + 
 constexpr int kPartials = kTwoPartials ? 2 : 1;
 constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
 constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
+constexpr bool kFewSums = kDepth > 1;
+constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kFewSums ? 224 : 232;
+constexpr int kProducerRegisters = kConsumers == 3 || kFewSums ? 56 : 40;
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies; launch.cpp says so too
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, two of B's

@@ -22,7 +22,7 @@ public:
     // Whole warps construct and call: the search for the group uses all 32 lanes.
     __device__ Scheduler(const GemmParams& params)
         : p(params), index(blockIdx.x / kCluster), columns(ceil_div(p.n, kTileN * kClusterN)) {
-        if constexpr (kSearches) load_window(0), row_tiles = p.groups > 32 ? count_row_tiles() : window_tiles();
+        if constexpr (kSearches) row_tiles = count_row_tiles();
         if constexpr (kKind == kContiguous) look_ahead();
     }
 
@@ -36,7 +36,7 @@ public:
             if (index >= ceil_div(rows, kRows) * columns) return false;
             place(tile, rows);
             tile.group = tile.alone = 0;
-            if constexpr (kSearches) find_groups(tile);
+            if constexpr (kSearches) find_group(tile);
         }
         return true;
     }
@@ -49,8 +49,8 @@ private:
     int index;                                   // of the next cluster tile
     const int columns;                           // cluster tiles along N
     int row_tiles = 0;                           // along M, of all groups
-    // A window of 32 groups, one a lane: first row, rows, tiles along M, and those up to and including this group.
-    int window = 0, tiles_before = 0, lane_start = 0, lane_rows = 0, lane_tiles = 0, lane_sum = 0;
+    // A window of 32 groups, one a lane: first row, rows, and the tiles along M up to the group's last.
+    int window = -32, lane_start = 0, lane_rows = 0, lane_end = 0;
 
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -120,46 +120,47 @@ private:
 
     __device__ int count_row_tiles() const {
         int count = 0, start;
+#pragma unroll 1
         for (int group = threadIdx.x % 32; group < p.groups; group += 32)
             count += ceil_div(rows_of(group, start), kTileM);
         for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(0xffffffff, count, step);
         return count;
     }
 
-    __device__ int window_tiles() const { return __shfl_sync(0xffffffff, lane_sum, 31); }
-
-    __device__ void load_window(int first) {
+    // `tiles`: along M, before the window if we go on, else behind it.
+    __device__ void load_window(int first, int tiles, bool on) {
         const int lane = threadIdx.x % 32;
         window = first;
         lane_rows = rows_of(first + lane, lane_start);
-        lane_sum = lane_tiles = ceil_div(lane_rows, kTileM);
+        lane_end = ceil_div(lane_rows, kTileM);
         for (int step = 1; step < 32; step *= 2) {
-            const int below = __shfl_up_sync(0xffffffff, lane_sum, step);
-            if (lane >= step) lane_sum += below;
+            const int below = __shfl_up_sync(0xffffffff, lane_end, step);
+            if (lane >= step) lane_end += below;
         }
+        lane_end += on ? tiles : tiles - __shfl_sync(0xffffffff, lane_end, 31);
     }
 
     // place() counted rows as if each group filled its last tile: from there to the group and the rows that it has.
-    __device__ void find_groups(Tile& tile) {
-        const int row_tile = tile.row / kTileM, last = row_tiles - 1;
-        Tile other;
-        if constexpr (kClusterM > 1) find_group(other, min(row_tile ^ 1, last));
-        find_group(tile, min(row_tile, last));
-        if constexpr (kClusterM > 1) {
-            tile.alone = tile.group != other.group;
-            if (row_tile > last) tile.rows = 0;  // only keeps the other CTA company
+    __device__ void find_group(Tile& tile) {
+        const int wanted = tile.row / kTileM, row_tile = min(wanted, row_tiles - 1);
+        int start, first, end;                   // tiles along M: the lane's group's first, the window's first and last
+        for (;;) {
+            start = lane_end - ceil_div(lane_rows, kTileM);
+            first = __shfl_sync(0xffffffff, start, 0), end = __shfl_sync(0xffffffff, lane_end, 31);
+            const bool on = row_tile >= end;
+            if (!on && row_tile >= first) break;
+            load_window(window + (on ? 32 : -32), on ? end : first, on);
         }
-    }
-
-    __device__ void find_group(Tile& tile, int row_tile) {
-        while (row_tile < tiles_before) load_window(window - 32), tiles_before -= window_tiles();
-        while (row_tile >= tiles_before + window_tiles()) tiles_before += window_tiles(), load_window(window + 32);
-        const int lane = __ffs(__ballot_sync(0xffffffff, tiles_before + lane_sum > row_tile)) - 1;
-        const int before = tiles_before + __shfl_sync(0xffffffff, lane_sum - lane_tiles, lane);
-        const int row = (row_tile - before) * kTileM;
+        const int lane = __ffs(__ballot_sync(0xffffffff, lane_end > row_tile)) - 1;
+        const int row = (row_tile - __shfl_sync(0xffffffff, start, lane)) * kTileM;      // of the group
         tile.group = window + lane;
         tile.row = __shfl_sync(0xffffffff, lane_start, lane) + row;
         tile.rows = __shfl_sync(0xffffffff, lane_rows, lane) - row;
+        if constexpr (kClusterM > 1) {           // the other tile is the one after ours, or the one before
+            const bool ends_pair = wanted % 2;
+            tile.alone = wanted + !ends_pair < row_tiles && (ends_pair ? row == 0 : tile.rows <= kTileM);
+            if (wanted > row_tile) tile.rows = 0;        // only keeps the other CTA company
+        }
     }
 };
 

@@ -74,8 +74,8 @@ PTX u32 keep_uniform(u32 value) { return value; }
 PTX u32 shared_address(const void*) { return 0; }
 PTX u32 remote_address(const void*, u32) { return 0; }
 PTX bool elect_one() { return true; }
+PTX u32 thread_index() { return threadIdx.x; }
 PTX u32 cluster_rank() { return rank_in_cluster; }
-PTX void cluster_sync() {}
 PTX void cluster_arrive() {}
 PTX void cluster_wait() {}
 PTX void named_barrier_sync(int, int) {}
