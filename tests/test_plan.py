@@ -355,8 +355,12 @@ inline int __shfl_up_sync(unsigned, int value, int step) {
     return exchange(value, [](const int* values, int lane, int by) { return values[lane - (lane < by ? 0 : by)]; },
                     step);
 }
-inline int __shfl_xor_sync(unsigned, int value, int mask) {
-    return exchange(value, [](const int* values, int lane, int by) { return values[lane ^ by]; }, mask);
+inline int __reduce_add_sync(unsigned, int value) {
+    return exchange(value, [](const int* values, int, int) {
+        int all = 0;
+        for (int i = 0; i < 32; ++i) all += values[i];
+        return all;
+    }, 0);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
     return exchange(vote, [](const int* values, int, int) {
@@ -365,8 +369,10 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
         return int(all);
     }, 0);
 }
+inline bool __any_sync(unsigned, bool vote) { return __ballot_sync(0xffffffff, vote); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+using u32 = unsigned;
 inline int cluster_rank() { return blockIdx.x % (CLUSTER_M * CLUSTER_N); }
 """
 HARNESS = """

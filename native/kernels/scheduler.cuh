@@ -59,9 +59,9 @@ private:
         const int rank = kCluster > 1 ? cluster_rank() : 0;
         int m = 0, n = index;
         if (rows > kRows) {                      // one row of tiles starts sooner without the divisions
-            const int band = index / (p.raster * columns), in_band = index - band * p.raster * columns;
-            const int height = min(p.raster, ceil_div(rows, kRows) - band * p.raster);
-            m = band * p.raster + in_band % height, n = in_band / height;
+            const u32 per_band = p.raster * columns, band = u32(index) / per_band, in_band = index - band * per_band;
+            const u32 height = min(p.raster, ceil_div(rows, kRows) - int(band) * p.raster);
+            n = in_band / height, m = band * p.raster + in_band - n * height;
         }
         index += gridDim.x / kCluster;
         m = m * kClusterM + (kClusterM > 1 ? rank : 0), n = n * kClusterN + (kClusterN > 1 ? rank : 0);
@@ -123,8 +123,7 @@ private:
 #pragma unroll 1
         for (int group = threadIdx.x % 32; group < p.groups; group += 32)
             count += ceil_div(rows_of(group, start), kTileM);
-        for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(0xffffffff, count, step);
-        return count;
+        return __reduce_add_sync(0xffffffff, count);
     }
 
     // `tiles`: along M, before the window if we go on, else behind it.
@@ -143,12 +142,13 @@ private:
     // place() counted rows as if each group filled its last tile: from there to the group and the rows that it has.
     __device__ void find_group(Tile& tile) {
         const int wanted = tile.row / kTileM, row_tile = min(wanted, row_tiles - 1);
-        int start, first, end;                   // tiles along M: the lane's group's first, the window's first and last
+        int start;                               // tiles along M: the first of this lane's group
         for (;;) {
             start = lane_end - ceil_div(lane_rows, kTileM);
-            first = __shfl_sync(0xffffffff, start, 0), end = __shfl_sync(0xffffffff, lane_end, 31);
-            const bool on = row_tile >= end;
-            if (!on && row_tile >= first) break;
+            const int first = __shfl_sync(0xffffffff, start, 0), end = __shfl_sync(0xffffffff, lane_end, 31);
+            // The votes tell the assembler that the warp agrees: see multiply().
+            const bool on = __any_sync(0xffffffff, row_tile >= end), back = __any_sync(0xffffffff, row_tile < first);
+            if (!on && !back) break;
             load_window(window + (on ? 32 : -32), on ? end : first, on);
         }
         const int lane = __ffs(__ballot_sync(0xffffffff, lane_end > row_tile)) - 1;

@@ -23,7 +23,7 @@ using std::min;
 
 inline int __shfl_sync(unsigned, int value, int) { return value; }
 inline int __shfl_up_sync(unsigned, int value, int) { return value; }
-inline int __shfl_xor_sync(unsigned, int, int) { return 0; }
+inline int __reduce_add_sync(unsigned, int value) { return value; }
 inline unsigned __ballot_sync(unsigned, bool b) { return b; }
 inline bool __any_sync(unsigned, bool b) { return b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
