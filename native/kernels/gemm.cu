@@ -29,15 +29,8 @@ namespace fp8gemm {
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
-// Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
-// copied apart.
-struct ScaleRows { int first, lead, bulk, rest; };               // lead: those before the tile, of a ragged group
-
-__device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
-    const int lead = kKind == kRagged && p.sa_by_bulk ? tile.row % 4 : 0, first = tile.row - lead;
-    const int rows = max(min(kTileM + (lead ? 4 : 0), p.m - first), 0);
-    return {first, lead, rows & ~3, rows & 3};
-}
+// The consumers wait for the first load to be issued: the warp that loads then need not share the fetching of its code.
+constexpr int kLoading = 4, kLoadingThreads = kConsumers * 128 + 32;
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
 // A box: rows of one block of K or, where K is whole blocks, of several blocks of a deep stage. For both CTAs of the
@@ -65,6 +58,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
     const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
     const int blocks = blocks_of_k(p);
+    bool first = true;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
@@ -96,8 +90,10 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
                 }
             }
             __syncwarp();
+            if (first) named_barrier_arrive(kLoading, kLoadingThreads), first = false;
         }
     }
+    if (first) named_barrier_arrive(kLoading, kLoadingThreads);
     // Where a peer arrives at our barriers, we stay until it has done so for the last time.
     if constexpr (kShare > 1)
         for (int i = 0; i < kStages; ++i, ring.advance()) barrier_wait(&ring.stage(s).empty, ring.phase ^ 1);
@@ -308,7 +304,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
 
+    // This CTA's share of K, in whole turns.
+    const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
+    const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
+
     // The barriers of a stage or a consumer each, by all warps at a time: no load is issued before the last is set up.
+    const bool loads = warp == kConsumers * 4;
     if (elect_one()) {
         if (warp == kThreads / 32 - 1) prefetch_map(p.a), prefetch_map(p.b);
 #pragma unroll 1
@@ -324,19 +325,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     if (kCluster > 1) cluster_arrive();
     if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
     else named_barrier_sync(0, kThreads);
-    dependents_launch();
+    if (!loads) dependents_launch();             // once for a CTA is enough, and the first load is urgent
     if (kKind != kDense) dependency_wait();      // nothing above has read memory; group sizes come from there
 
-    // This CTA's share of K, in whole turns.
-    const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
-    const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers > 1) registers_decrease<kProducerRegisters>();
-        if (warp % 4 == 0) load_operands(p, s, first, last);
+        if (loads) load_operands(p, s, first, last);
         else if (!p.sa_by_bulk) load_scales(p, s, first, last);
         else if (kBulkScales && warp % 4 == 1) load_other_scales(p, s, first, last);
     } else {
         if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
+        named_barrier_sync(kLoading, kLoadingThreads);
         if constexpr (kSwapAB) multiply_swapped(p, s, first, last);
         else multiply(p, s, first, last, warpgroup);
     }

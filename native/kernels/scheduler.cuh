@@ -164,4 +164,14 @@ private:
     }
 };
 
+// Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
+// copied apart.
+struct ScaleRows { int first, lead, bulk, rest; };               // lead: those before the tile, of a ragged group
+
+__device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
+    const int lead = kKind == kRagged && p.sa_by_bulk ? tile.row % 4 : 0, first = tile.row - lead;
+    const int rows = max(min(kTileM + (lead ? 4 : 0), p.m - first), 0);
+    return {first, lead, rows & ~3, rows & 3};
+}
+
 }  // namespace fp8gemm
