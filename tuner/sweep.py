@@ -11,7 +11,7 @@ from fp8gemm.errors import Fp8GemmError, StoreError
 from fp8gemm.store import AnyPlan, Task
 
 from . import space
-from .measure import Race, Rest, Rig, Stop, Timing
+from .measure import FINAL_ROUNDS, MOST_ROUNDS, Race, Rest, Rig, Stop, Timing
 from .target import Say, Target
 from .writer import Measurement, Winner, Writer
 
@@ -19,6 +19,7 @@ RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
 FINALISTS = 2  # of one stage lend their plans to the next
+FINAL = 6  # of the last stage race once more
 
 
 class Outcome(NamedTuple):
@@ -98,6 +99,7 @@ class Sweep:
                 self._record(rig, {plan: t for plan, t in standings.items() if plan not in keep})
                 later = self._stage(rig, [*(plan for plan in keep if plan in standings), *extra], stage)
                 standings = later or standings
+        standings = self._final(rig, standings)
         self._record(rig, standings)
         if not standings:
             return self._nothing(STOPPED if self.stop() else "no right plan, or no undisturbed round")
@@ -109,6 +111,16 @@ class Sweep:
         best = next(iter(standings.values())).seconds
         return Outcome(self.task, winner, len(self.recorded), None, best, stored.seconds if stored else None)
 
+    def _final(self, rig: Rig, standings: dict[AnyPlan, Timing]) -> dict[AnyPlan, Timing]:
+        """The best once more, all samples new: who leads among many that are nearly alike was also lucky so far."""
+        frugal = self._frugal(standings)
+        keep = {plan for plan in (self.default, self.incumbent, frugal) if plan in standings}
+        plans = dict.fromkeys([*list(standings)[:FINAL], *keep])
+        if len(plans) < 2 or self.stop():
+            return standings
+        self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
+        return self._stage(rig, list(plans), "final", keep, FINAL_ROUNDS) or standings
+
     def _built(self, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those that compile, without spills; the others are recorded."""
         wanted = [plan for plan in plans if not any(plan.violations(self.task.problem.kind, self.target.device))]
@@ -116,7 +128,9 @@ class Sweep:
         self.writer.measured(self.task, self.space, self.id, [self._failure(p, why) for p, why in failed.items()])
         return [plan for plan in wanted if plan not in failed]
 
-    def _stage(self, rig: Rig, plans: list[AnyPlan], stage: str) -> dict[AnyPlan, Timing]:
+    def _stage(
+        self, rig: Rig, plans: list[AnyPlan], stage: str, keep: Iterable[AnyPlan] = (), rounds: int = MOST_ROUNDS
+    ) -> dict[AnyPlan, Timing]:
         right = self._right(rig, self._built(plans) if stage != "kernels" else plans)
         if not right or self.stop():
             return {}
@@ -132,7 +146,8 @@ class Sweep:
                 left = f"{len(standings)} of {len(right)} plans"
                 self.say(f"{stage}: {left}, best {1e6 * best.seconds:.1f} us{beside}")
 
-        return Race(rig, right, (self.default, self.incumbent), self.stop, dropped, told, self.rest).run()
+        stay = {self.default, self.incumbent, *keep}
+        return Race(rig, right, stay, self.stop, dropped, told, self.rest, rounds).run()
 
     def _right(self, rig: Rig, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those whose output is right; the others are recorded."""
@@ -184,12 +199,17 @@ class Sweep:
             best, timing = self.incumbent, old
         default = standings.get(self.default)
         winner = Winner(best, timing.seconds, timing.spread, self.default, default.seconds if default else None)
-        thrifty = [
-            plan
-            for plan, t in standings.items()
-            if plan.num_sms < best.num_sms and t.seconds <= FRUGAL * timing.seconds
-        ]
-        if not thrifty:
+        frugal = self._frugal(standings, best)
+        if not frugal:
             return winner
-        frugal = min(thrifty, key=lambda plan: (plan.num_sms, standings[plan].seconds))
         return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
+
+    @staticmethod
+    def _frugal(standings: dict[AnyPlan, Timing], best: AnyPlan | None = None) -> AnyPlan | None:
+        """The plan with the fewest SMs, fewer than the best one's, that takes hardly longer."""
+        if not standings:
+            return None
+        best = best or next(iter(standings))
+        limit = FRUGAL * standings[best].seconds
+        thrifty = [plan for plan, t in standings.items() if plan.num_sms < best.num_sms and t.seconds <= limit]
+        return min(thrifty, key=lambda plan: (plan.num_sms, standings[plan].seconds), default=None)
