@@ -241,14 +241,15 @@ def test_odd_columns(tools: Tools, n: int) -> None:
 
 @each_group_kind
 def test_any_groups(tools: Tools, rng: Rng, kind: int) -> None:
-    for i in range(25):
-        groups = int(rng.choice([1, 2, 5, 33, 64]))
+    """70 layouts: empty groups, groups of one row, a huge one, up to 256 of them, the last one at the tensor's end."""
+    for i in range(70):
+        groups = int(rng.choice([1, 2, 5, 33, 64, int(rng.integers(1, 257))]))
         sizes = [int(rng.integers(0, rng.choice([1, 2, 50, 300]))) for _ in range(groups)]
         if i % 10 == 0:
             sizes[-1] = 2000
         n, k = int(rng.choice([512, int(rng.integers(1, 600))])), 16 * int(rng.integers(0, 60))
         print(sizes, n, k)
-        tools.grouped(kind, sizes, n, k, int(rng.integers(0, 60)), bool(rng.integers(2)))
+        tools.grouped(kind, sizes, n, k, int(rng.choice([0, int(rng.integers(0, 60))])), bool(rng.integers(2)))
 
 
 def test_same_bits_each_time(tools: Tools, rng: Rng, hopper: int, force: Callable[[Plan], None]) -> None:
