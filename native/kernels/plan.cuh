@@ -37,9 +37,10 @@ constexpr bool kTwoPartials = !kSwapAB && kConsumers <= 2 && kTileN * (kWaves + 
 constexpr int kPartials = kTwoPartials ? 2 : 1;
 constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
 constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
-constexpr bool kFewSums = kDepth > 1;
-constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kFewSums ? 224 : 232;
-constexpr int kProducerRegisters = kConsumers == 3 || kFewSums ? 56 : 40;
+// Registers of a thread, 504 for two consumers and the producer together. Tiles of deep stages have few sums, but many
+// scales to copy.
+constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kDepth > 1 ? 224 : 232;
+constexpr int kProducerRegisters = kConsumers == 3 || kDepth > 1 ? 56 : 40;
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies; launch.cpp says so too
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, two of B's
