@@ -576,6 +576,21 @@ def test_scheduler_finds_groups_past_a_warp(
         check_case(Case(kind, tile, m, 40, groups, tuple(layout), 2, 6), device_code, nonsense=False)
 
 
+@pytest.mark.parametrize("groups", [97, 200])
+@pytest.mark.parametrize(("kind", "tile"), [key for key in SCHEDULERS if key[0] in (native.RAGGED, native.MASKED)])
+def test_scheduler_goes_back_in_high_bands(
+    device_code: Walk, kind: int, tile: tuple[int, int, int, int], groups: int
+) -> None:
+    """A band of more groups than a warp looks at: its next column begins windows before."""
+    sizes = [1 + 150 * (group % 3 == 0) for group in range(groups)]
+    m = sum(sizes) if kind == native.RAGGED else max(sizes)
+    layout = itertools.accumulate(sizes) if kind == native.RAGGED else sizes
+    case = Case(kind, tile, m, 700, groups, tuple(layout), 100, 2 * tile[2] * tile[3])
+    found = [tile.group // 32 for tile in walk(case, 0)]
+    assert any(after < before for before, after in itertools.pairwise(found))
+    check_case(case, device_code, nonsense=False)
+
+
 def test_scheduler_walks_bands(device_code: Walk) -> None:
     """Down each column of a band of `raster` rows, then the next column."""
     case = Case(native.DENSE, (64, 16, 1, 1), 5 * 64, 3 * 16, 1, (), raster=2, grid=1)

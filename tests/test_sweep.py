@@ -333,6 +333,48 @@ def test_luck_does_not_decide() -> None:
     assert outcome.winner.plan == CpuPlan(8, 128)
 
 
+@pytest.mark.parametrize("bursts", [1, 7, 20])
+def test_a_final_that_is_cut_short_does_not_count(bursts: int) -> None:
+    """Stopped, and disturbed before: what the stages before found is published and recorded, each plan once."""
+    calls: list[int] = []
+
+    class Disturbed(FakeRig):
+        def times(self, plans: Sequence[AnyPlan], rounds: int) -> list[list[float]]:
+            calls.append(len(plans))
+            found = super().times(plans, rounds)
+            return [times if self.random.random() < 0.5 else [] for times in found] if final() else found
+
+    doing = [""]
+
+    def final() -> bool:
+        return doing[0].startswith("final")
+
+    def say(text: str) -> None:
+        if text.startswith("final") and not final():
+            calls.clear()
+        doing[0] = text
+
+    rig = Disturbed(lambda p: 1e-3 * (1 + 0.001 * space.CPU_TILE_NS.index(p.tile_n)), noise=0.002)
+    with Writer() as writer:
+        stop = lambda: final() and len(calls) > bursts  # noqa: E731
+        outcome = Sweep(FakeTarget(rig), writer, TASK, stop, say).run()
+    assert final()
+    assert len(calls) >= bursts
+    assert outcome.winner is not None
+    assert outcome.winner.default_seconds is not None
+    rows = [row for row in store.rows("measurements") if row["seconds"] is not None]
+    assert len({row["plan"] for row in rows}) == len(rows) == outcome.measured
+    assert min(row["rounds"] for row in rows) >= measure.LEAST_ROUNDS
+    kept = {row["plan"]: row["rounds"] for row in rows}
+    assert kept[store.plan_json(outcome.winner.plan)] == measure.MOST_ROUNDS
+
+
+def test_a_final_of_long_calls_is_short() -> None:
+    slow = FakeRig(lambda p: 1.0 + 0.001 * space.CPU_TILE_NS.index(p.tile_n), noise=0.01)
+    assert sweep(slow).winner is not None
+    assert max(row["rounds"] for row in store.rows("measurements")) == measure.MOST_ROUNDS
+
+
 def test_fewer_sms_at_little_cost_are_recorded() -> None:
     def seconds(p: AnyPlan) -> float:
         assert isinstance(p, CpuPlan)

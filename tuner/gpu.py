@@ -1,7 +1,7 @@
 """Measuring on a Hopper GPU, by the CUDA driver alone: no framework is needed.
 
 Operands are filled on the device, outputs compared there with the reference kernel's. Times are between two events on a
-stream of our own, each launch after a read of more than L2 holds, which leaves it clean.
+stream of our own, each launch after a read of more than L2 holds, which leaves it clean, and after other code.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ from .writer import Stamp
 
 FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
-DISTURBED = 1.25  # a round counts only if its flush, whose time is known, took at most this much longer
+DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
 THREADS = 256
 GRID = 132 * 8
 _POISON32 = accuracy.POISON << 16 | accuracy.POISON
@@ -218,7 +218,7 @@ class GpuRig:
         native.library().run(ctypes.byref(entry), o, p, self.gpu.stream)
 
     def _flush(self) -> None:
-        """Fills L2 with something else."""
+        """Fills L2 with something else, and the instruction caches too."""
         words = (self._flushed, ctypes.c_void_p), (self.target.flush_bytes // 8, ctypes.c_longlong)
         self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p))
 

@@ -89,6 +89,7 @@ class Race:
         self.alive = list(dict.fromkeys(plans))
         self.keep = set(keep)
         self.samples: dict[AnyPlan, list[float]] = {plan: [] for plan in self.alive}
+        self.finished = False  # decided, or as many rounds as there may be
         self._judged = 0  # rounds at the last judgement
 
     def run(self) -> dict[AnyPlan, Timing]:
@@ -109,6 +110,7 @@ class Race:
             if least >= self._judged + FIRST_ROUNDS:
                 self._judged = least
                 if self._judge(least):
+                    self.finished = True
                     break
         return {plan: t for plan, t in self.standings().items() if t.rounds >= LEAST_ROUNDS}
 

@@ -19,7 +19,7 @@ RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
 FINALISTS = 2  # of one stage lend their plans to the next
-FINAL = 6  # of the last stage race once more
+FINAL, FINAL_SECONDS = 6, 4.0  # of the last stage race once more, for so long if calls are long
 
 
 class Outcome(NamedTuple):
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 class Sweep:
-    """One problem on one target. Every measurement is in the store as soon as it is finished."""
+    """One problem on one target. A plan's time is in the store as soon as the plan has left its last race."""
 
     def __init__(
         self,
@@ -112,14 +112,19 @@ class Sweep:
         return Outcome(self.task, winner, len(self.recorded), None, best, stored.seconds if stored else None)
 
     def _final(self, rig: Rig, standings: dict[AnyPlan, Timing]) -> dict[AnyPlan, Timing]:
-        """The best once more, all samples new: who leads among many that are nearly alike was also lucky so far."""
+        """The best once more, all samples new: who leads among many that are nearly alike was also lucky so far.
+
+        If it is cut short, the times of before count.
+        """
         frugal = self._frugal(standings)
-        keep = {plan for plan in (self.default, self.incumbent, frugal) if plan in standings}
-        plans = dict.fromkeys([*list(standings)[:FINAL], *keep])
+        keep = [plan for plan in (self.default, self.incumbent, frugal) if plan in standings]
+        plans = list(dict.fromkeys([*list(standings)[:FINAL], *keep]))
         if len(plans) < 2 or self.stop():
             return standings
         self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
-        return self._stage(rig, list(plans), "final", keep, FINAL_ROUNDS) or standings
+        longest = FINAL_SECONDS / sum(standings[plan].seconds for plan in plans)
+        rounds = min(FINAL_ROUNDS, max(MOST_ROUNDS, int(longest)))
+        return self._stage(rig, plans, "final", [frugal] if frugal else [], rounds, whole=True) or standings
 
     def _built(self, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those that compile, without spills; the others are recorded."""
@@ -129,8 +134,15 @@ class Sweep:
         return [plan for plan in wanted if plan not in failed]
 
     def _stage(
-        self, rig: Rig, plans: list[AnyPlan], stage: str, keep: Iterable[AnyPlan] = (), rounds: int = MOST_ROUNDS
+        self,
+        rig: Rig,
+        plans: list[AnyPlan],
+        stage: str,
+        keep: Iterable[AnyPlan] = (),
+        rounds: int = MOST_ROUNDS,
+        whole: bool = False,
     ) -> dict[AnyPlan, Timing]:
+        """A race of those that are right; nothing if it is cut short before times count or, if `whole`, at all."""
         right = self._right(rig, self._built(plans) if stage != "kernels" else plans)
         if not right or self.stop():
             return {}
@@ -147,7 +159,9 @@ class Sweep:
                 self.say(f"{stage}: {left}, best {1e6 * best.seconds:.1f} us{beside}")
 
         stay = {self.default, self.incumbent, *keep}
-        return Race(rig, right, stay, self.stop, dropped, told, self.rest, rounds).run()
+        race = Race(rig, right, stay, self.stop, dropped, told, self.rest, rounds)
+        found = race.run()
+        return found if race.finished or not whole else {}
 
     def _right(self, rig: Rig, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those whose output is right; the others are recorded."""

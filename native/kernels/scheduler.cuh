@@ -3,7 +3,8 @@
 // Tiles are numbered in bands of `raster` cluster tiles along M, down each column of the band first, so that the tiles
 // that run at one time share A and B in L2. Cluster c takes tiles c, c + clusters, ... Along M the tiles of all groups
 // follow one another; each group begins a new one.
-// Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory.
+// Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory. They
+// are read more than once, and must not change meanwhile.
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"

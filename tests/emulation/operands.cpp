@@ -1,6 +1,6 @@
 // Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive
 // where, all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too
-// soon).
+// soon); that the consumers are told once, and that a CTA stays until its peer is done with each stage.
 #include "kernel.h"
 
 namespace {
@@ -49,9 +49,15 @@ int main() {
             gridDim.x = 2 * kCluster, blockIdx.x = 0;
             Loaded by[kShare];
             for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
-                boxes.clear(), expects.clear();
+                boxes.clear(), expects.clear(), named_arrivals.clear(), waits.clear();
                 load_operands(p, s, 0, last);
                 by[rank_in_cluster] = {boxes, expects};
+                if (named_arrivals != std::vector{kLoading}) fail("not one arrival", named_arrivals.size(), bulk);
+                // For each fill, and where a peer arrives here, for the last use of each stage.
+                const size_t all = expects.size() + (kShare > 1 ? kStages : 0);
+                if (waits.size() != all) fail("waits", waits.size(), all);
+                for (size_t i = 0; i < all; ++i)
+                    if (waits[i] != &s.stages[i % kStages].empty) fail("another barrier waited for", i, all);
             }
             for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
                 Scheduler tiles(p);

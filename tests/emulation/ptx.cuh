@@ -79,7 +79,8 @@ PTX u32 cluster_rank() { return rank_in_cluster; }
 PTX void cluster_arrive() {}
 PTX void cluster_wait() {}
 PTX void named_barrier_sync(int, int) {}
-PTX void named_barrier_arrive(int, int) {}
+inline std::vector<int> named_arrivals;                          // by barrier
+PTX void named_barrier_arrive(int id, int) { named_arrivals.push_back(id); }
 PTX void dependency_wait() {}
 PTX void dependents_launch() {}
 template <int N> PTX void registers_decrease() {}
@@ -91,7 +92,8 @@ PTX void barrier_arrive(u32 barrier) { arrivals.push_back(barrier); }
 PTX void barrier_arrive_remote(u32) {}
 PTX void store_async_remote(u32, const float*, u32) {}
 PTX bool barrier_test(u64*, u32) { return true; }
-PTX void barrier_wait(u64*, u32) {}
+inline std::vector<const u64*> waits;
+PTX void barrier_wait(u64* barrier, u32) { waits.push_back(barrier); }
 PTX void prefetch_map(const TensorMap&) {}
 PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64) {
     boxes.push_back({nullptr, &map, to, barrier, x, y, 0, z, false});
