@@ -364,6 +364,7 @@ def test_a_final_that_is_cut_short_does_not_count(bursts: int) -> None:
     assert outcome.winner.default_seconds is not None
     rows = [row for row in store.rows("measurements") if row["seconds"] is not None]
     assert len({row["plan"] for row in rows}) == len(rows) == outcome.measured
+    assert {row["plan"] for row in rows} == {store.plan_json(plan) for plan in rig.timed}
     assert min(row["rounds"] for row in rows) >= measure.LEAST_ROUNDS
     kept = {row["plan"]: row["rounds"] for row in rows}
     assert kept[store.plan_json(outcome.winner.plan)] == measure.MOST_ROUNDS
