@@ -373,7 +373,9 @@ def test_a_final_that_is_cut_short_does_not_count(bursts: int) -> None:
 def test_a_final_of_long_calls_is_short() -> None:
     slow = FakeRig(lambda p: 1.0 + 0.001 * space.CPU_TILE_NS.index(p.tile_n), noise=0.01)
     assert sweep(slow).winner is not None
-    assert max(row["rounds"] for row in store.rows("measurements")) == measure.MOST_ROUNDS
+    rows = store.rows("measurements")
+    assert max(row["rounds"] for row in rows) == measure.MOST_ROUNDS
+    assert {row["plan"] for row in rows} == {store.plan_json(plan) for plan in slow.timed}, "also those not in the final"
 
 
 def test_fewer_sms_at_little_cost_are_recorded() -> None:
