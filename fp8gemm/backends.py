@@ -105,7 +105,7 @@ class CpuPlan(NamedTuple):
             yield f"tile_n {self.tile_n}, allowed are {CPU_TILE_NS}"
 
     def __str__(self) -> str:
-        return f"{self.threads} threads, {self.tile_n} columns"
+        return f"{self.threads} thread{'s' * (self.threads > 1)}, {self.tile_n} columns"
 
 
 def cpu_threads() -> int:
