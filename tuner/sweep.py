@@ -18,7 +18,7 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FINALISTS = 2  # of one stage lend their plans to the next
+FINALISTS = 3  # of one stage, each of another tile, lend their plans to the next
 FINAL, FINAL_SECONDS = 6, 4.0  # of the last stage race once more, for so long if calls are long
 
 
@@ -92,7 +92,7 @@ class Sweep:
         for stage, more in (("launches", space.launches), ("fewer SMs", space.fewer_sms)):
             if not standings or self.stop():
                 break
-            finalists = list(standings)[:FINALISTS]
+            finalists = space.of_different_tiles(standings, FINALISTS)
             extra = [plan for best in finalists for plan in more(best, self.task)]
             if extra:
                 keep = dict.fromkeys([*finalists, self.default, self.incumbent])
