@@ -63,7 +63,7 @@ def test_tune_shows_default_and_tuned() -> None:
     result = call(*TINY, "--m", "1")
     assert result.exit_code == 0
     row = next(line for line in result.stdout.splitlines() if "8x64x128" in line)
-    assert row.count("threads") == 2 or "the default" in row
+    assert row.count("thread") == 2 or "the default" in row
     assert "%" in row
     assert str(store.path()) in result.stdout.replace("\n", "")
 
