@@ -364,9 +364,11 @@ def test_a_final_that_is_cut_short_does_not_count(bursts: int) -> None:
             calls.clear()
         doing[0] = text
 
+    def stop() -> bool:
+        return final() and len(calls) > bursts
+
     rig = Disturbed(lambda p: 1e-3 * (1 + 0.001 * space.CPU_TILE_NS.index(p.tile_n)), noise=0.002)
     with Writer() as writer:
-        stop = lambda: final() and len(calls) > bursts  # noqa: E731
         outcome = Sweep(FakeTarget(rig), writer, TASK, stop, say).run()
     assert final()
     assert len(calls) >= bursts

@@ -19,7 +19,8 @@ RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
 FINALISTS = 3  # of one stage, each of another tile, lend their plans to the next
-FINAL, FINAL_SECONDS = 6, 4.0  # of the last stage race once more, for so long if calls are long
+FINAL = 6  # plans of the last stage race once more
+FINAL_SECONDS = 4.0  # for so long at most, unless fewer rounds than any race's would fit
 
 
 class Outcome(NamedTuple):
@@ -97,7 +98,8 @@ class Sweep:
             if extra:
                 keep = dict.fromkeys([*finalists, self.default, self.incumbent])
                 self._record(rig, {plan: t for plan, t in standings.items() if plan not in keep})
-                later = self._stage(rig, [*(plan for plan in keep if plan in standings), *extra], stage)
+                going_on = [plan for plan in keep if plan in standings]
+                later = self._stage(rig, [*going_on, *self._built(extra)], stage)
                 standings = later or standings
         standings = self._final(rig, standings)
         self._record(rig, standings)
@@ -116,15 +118,16 @@ class Sweep:
 
         If it is cut short, the times of before count.
         """
-        frugal = self._frugal(standings)
-        keep = [plan for plan in (self.default, self.incumbent, frugal) if plan in standings]
-        plans = list(dict.fromkeys([*list(standings)[:FINAL], *keep]))
-        if len(plans) < 2 or self.stop():
+        if len(standings) < 2 or self.stop():
             return standings
+        stay = [self.default, self.incumbent, self._frugal(standings, next(iter(standings)))]
+        plans = list(dict.fromkeys([*list(standings)[:FINAL], *(plan for plan in stay if plan in standings)]))
         self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
         longest = FINAL_SECONDS / sum(standings[plan].seconds for plan in plans)
         rounds = min(FINAL_ROUNDS, max(MOST_ROUNDS, int(longest)))
-        return self._stage(rig, plans, "final", [frugal] if frugal else [], rounds, whole=True) or standings
+        race = self._new_race(rig, plans, "final", stay, rounds)
+        found = race.run()
+        return found if race.finished else standings
 
     def _built(self, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those that compile, without spills; the others are recorded."""
@@ -133,20 +136,16 @@ class Sweep:
         self.writer.measured(self.task, self.space, self.id, [self._failure(p, why) for p, why in failed.items()])
         return [plan for plan in wanted if plan not in failed]
 
-    def _stage(
-        self,
-        rig: Rig,
-        plans: list[AnyPlan],
-        stage: str,
-        keep: Iterable[AnyPlan] = (),
-        rounds: int = MOST_ROUNDS,
-        whole: bool = False,
-    ) -> dict[AnyPlan, Timing]:
-        """A race of those that are right; nothing if it is cut short before times count or, if `whole`, at all."""
-        right = self._right(rig, self._built(plans) if stage != "kernels" else plans)
+    def _stage(self, rig: Rig, plans: list[AnyPlan], stage: str) -> dict[AnyPlan, Timing]:
+        """A race of those that are right; nothing if it is stopped before any time counts."""
+        right = self._right(rig, plans)
         if not right or self.stop():
             return {}
+        return self._new_race(rig, right, stage, (self.default, self.incumbent), MOST_ROUNDS).run()
 
+    def _new_race(
+        self, rig: Rig, plans: list[AnyPlan], stage: str, keep: Iterable[AnyPlan | None], rounds: int
+    ) -> Race:
         def dropped(plan: AnyPlan, timing: Timing) -> None:
             self._record(rig, {plan: timing})
 
@@ -155,13 +154,10 @@ class Sweep:
             if standings:
                 best, default = next(iter(standings.values())), standings.get(self.default)
                 beside = f" (default {1e6 * default.seconds:.1f})" if default else ""
-                left = f"{len(standings)} of {len(right)} plans"
+                left = f"{len(standings)} of {len(plans)} plans"
                 self.say(f"{stage}: {left}, best {1e6 * best.seconds:.1f} us{beside}")
 
-        stay = {self.default, self.incumbent, *keep}
-        race = Race(rig, right, stay, self.stop, dropped, told, self.rest, rounds)
-        found = race.run()
-        return found if race.finished or not whole else {}
+        return Race(rig, plans, filter(None, keep), self.stop, dropped, told, self.rest, rounds)
 
     def _right(self, rig: Rig, plans: Iterable[AnyPlan]) -> list[AnyPlan]:
         """Those whose output is right; the others are recorded."""
@@ -219,11 +215,8 @@ class Sweep:
         return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
 
     @staticmethod
-    def _frugal(standings: dict[AnyPlan, Timing], best: AnyPlan | None = None) -> AnyPlan | None:
+    def _frugal(standings: dict[AnyPlan, Timing], best: AnyPlan) -> AnyPlan | None:
         """The plan with the fewest SMs, fewer than the best one's, that takes hardly longer."""
-        if not standings:
-            return None
-        best = best or next(iter(standings))
         limit = FRUGAL * standings[best].seconds
         thrifty = [plan for plan, t in standings.items() if plan.num_sms < best.num_sms and t.seconds <= limit]
         return min(thrifty, key=lambda plan: (plan.num_sms, standings[plan].seconds), default=None)

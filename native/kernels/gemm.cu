@@ -29,8 +29,15 @@ namespace fp8gemm {
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
-// The consumers wait for the first load to be issued: the warp that loads then need not share the fetching of its code.
-constexpr int kLoading = 4, kLoadingThreads = kConsumers * 128 + 32;
+// Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
+// copied apart.
+struct ScaleRows { int first, lead, bulk, rest; };               // lead: those before the tile, of a ragged group
+
+__device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
+    const int lead = kKind == kRagged && p.sa_by_bulk ? tile.row % 4 : 0, first = tile.row - lead;
+    const int rows = max(min(kTileM + (lead ? 4 : 0), p.m - first), 0);
+    return {first, lead, rows & ~3, rows & 3};
+}
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
 // A box: rows of one block of K or, where K is whole blocks, of several blocks of a deep stage. For both CTAs of the
@@ -327,7 +334,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     else named_barrier_sync(0, kThreads);
     if (!loads) dependents_launch();             // once for a CTA is enough, and the first load is urgent
     if (kKind != kDense) dependency_wait();      // nothing above has read memory; group sizes come from there
-
     if (warpgroup == kConsumers) {
         if constexpr (kConsumers > 1) registers_decrease<kProducerRegisters>();
         if (loads) load_operands(p, s, first, last);

@@ -41,6 +41,9 @@ constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
 // scales to copy.
 constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kDepth > 1 ? 224 : 232;
 constexpr int kProducerRegisters = kConsumers == 3 || kDepth > 1 ? 56 : 40;
+// The named barrier where consumers wait for the first load to be issued: the warp that loads then need not share the
+// fetching of its code. 0 is the whole CTA's, 1 to 3 are the consumers' own.
+constexpr int kLoading = 4, kLoadingThreads = kConsumers * 128 + 32;
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies; launch.cpp says so too
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, two of B's

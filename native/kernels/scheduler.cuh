@@ -3,8 +3,8 @@
 // Tiles are numbered in bands of `raster` cluster tiles along M, down each column of the band first, so that the tiles
 // that run at one time share A and B in L2. Cluster c takes tiles c, c + clusters, ... Along M the tiles of all groups
 // follow one another; each group begins a new one.
-// Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory. They
-// are read more than once, and must not change meanwhile.
+// Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory.
+// They are read more than once, and must not change meanwhile.
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"
@@ -164,15 +164,5 @@ private:
         }
     }
 };
-
-// Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
-// copied apart.
-struct ScaleRows { int first, lead, bulk, rest; };               // lead: those before the tile, of a ragged group
-
-__device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
-    const int lead = kKind == kRagged && p.sa_by_bulk ? tile.row % 4 : 0, first = tile.row - lead;
-    const int rows = max(min(kTileM + (lead ? 4 : 0), p.m - first), 0);
-    return {first, lead, rows & ~3, rows & 3};
-}
 
 }  // namespace fp8gemm
