@@ -17,7 +17,7 @@ extern "C" {
 __attribute__((visibility("default"))) std::atomic<int> stub_launch_result{0}, stub_launches_wait{0}, stub_waiting{0};
 __attribute__((visibility("default"))) std::atomic<int> stub_quiet{0}, stub_modules{0};  // modules: loaded so far
 // Launches in another context than their kernel's, or by another plan than their kernel's name says ("plan3": one whose
-// raster is 3). Those of such names are not kept.
+// L2 policy is 3). Those of such names are not kept.
 __attribute__((visibility("default"))) std::atomic<int> stub_wrong_launches{0};
 }
 
@@ -110,7 +110,7 @@ CALL(cuLaunchKernelEx, const fp8gemm::CUlaunchConfig* config, const Function* fu
     const auto& params = *static_cast<const fp8gemm::GemmParams*>(arguments[0]);
     if (current() != context_of(function->device)) ++stub_wrong_launches;
     if (!strncmp(function->name, "plan", 4)) {
-        if (params.raster != atoi(function->name + 4)) ++stub_wrong_launches;
+        if (params.b_policy != static_cast<unsigned>(atoi(function->name + 4))) ++stub_wrong_launches;
         ++launches;
         return 0;
     }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from references import H100, HOPPERS, SMALL, WEIGHTS, Array, ceil_div, m_indices_of, segments
 
@@ -373,6 +373,7 @@ inline bool __any_sync(unsigned, bool vote) { return __ballot_sync(0xffffffff, v
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 using u32 = unsigned;
+using u64 = unsigned long long;
 inline int cluster_rank() { return blockIdx.x % (CLUSTER_M * CLUSTER_N); }
 """
 HARNESS = """
@@ -412,8 +413,10 @@ int exchange(int value, int (*pick)(const int*, int, int), int argument) {
     swapcontext(&lanes[lane], &lanes[next]);
     return pick(values[turn], lane, argument);
 }
+extern "C" int quotient(int x, int d) { return fp8gemm::divide(x, fp8gemm::divisor(d)); }
 extern "C" int run(int m, int n, int groups, const int* layout, int raster, int grid, int block, int* to, int most) {
-    params.m = m, params.n = n, params.groups = groups, params.layout = layout, params.raster = raster;
+    params.m = m, params.n = n, params.groups = groups, params.layout = layout;
+    set_raster(params, raster, (n + TILE_N * CLUSTER_N - 1) / (TILE_N * CLUSTER_N));
     gridDim.x = grid, blockIdx.x = block, out = to, capacity = most, count = disagreements = 0;
     for (int i = 0; i < 32; ++i) {
         turns[i] = 0;
@@ -459,7 +462,7 @@ def device_code(tmp_path_factory: pytest.TempPathFactory) -> Walk:
         library = folder / f"{kind}_{'_'.join(map(str, tile))}.so"
         flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", *macros, "-o", str(library)]
         subprocess.run(["g++", "harness.cpp", *flags], cwd=folder, check=True)
-        return ctypes.CDLL(str(library)).run
+        return ctypes.CDLL(str(library))
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         built = list(pool.map(lambda key: compile(*key), SCHEDULERS))
@@ -470,11 +473,24 @@ def device_code(tmp_path_factory: pytest.TempPathFactory) -> Walk:
         most = 1 << 15
         out = (ctypes.c_int * (5 * most))()
         sizes = case.m, case.n, case.groups
-        count = functions[case.kind, case.tile](*sizes, layout, case.raster, case.grid, block, out, most)
+        count = functions[case.kind, case.tile].run(*sizes, layout, case.raster, case.grid, block, out, most)
         assert 0 <= count < most, "the lanes of a warp disagree, or there is no end"
         return [Tile(*out[5 * i : 5 * i + 5]) for i in range(count)]
 
+    run.quotient = built[0].quotient  # type: ignore[attr-defined]
     return run
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 2**31 - 1))
+@example(2**31 - 1, 1)
+@example(2**31 - 1, 2**31 - 1)
+@example(2**31 - 2, 2**31 - 1)
+@example(2**30 - 1, 2**30)
+def test_division_by_a_multiplication(device_code: Walk, x: int, d: int) -> None:
+    """What divides a tile's number is exact, to the last number before each multiple too."""
+    quotient = device_code.quotient  # type: ignore[attr-defined]
+    for number in (x, x // d * d, max(x // d * d - 1, 0), 2**31 - 1):
+        assert quotient(number, d) == number // d
 
 
 @st.composite

@@ -34,11 +34,11 @@ fp8gemm_tensor tensor(uintptr_t at, int device, int bits, int code, int64_t rows
     return t;
 }
 
-// Plan i has raster i and kernel i, whose name the stub compares.
+// Plan i has L2 policy i and kernel i, whose name the stub compares.
 void put(const fp8gemm_key& key, int i) {
     fp8gemm_entry entry{};
     entry.key = key, entry.kernel = kernels[key.device_id][i];
-    entry.plan = {128, 128, 4, 1, 1, 1, 1, 0, 1000, 384, 100, i, 0};
+    entry.plan = {128, 128, 4, 1, 1, 1, 1, 0, 1000, 384, 100, 1, static_cast<uint64_t>(i)};
     entry.from_store = 1;
     require(!fp8gemm_put(&entry), "put");
 }
@@ -84,7 +84,7 @@ void list() {
     do {
         const size_t count = fp8gemm_entries(entries.data(), calls.data(), entries.size());
         for (size_t i = 0; i < count; ++i) {
-            require(entries[i].kernel == kernels[entries[i].key.device_id][entries[i].plan.raster], "a torn entry");
+            require(entries[i].kernel == kernels[entries[i].key.device_id][entries[i].plan.b_policy], "a torn entry");
             listed += calls[i];
         }
     } while (!over);

@@ -18,6 +18,10 @@ struct fp8gemm_kernel {
 
 namespace {
 
+// A CTA asks for more than half of an SM's 228 KB, so that no SM takes two. In a graph it would: the next kernel's CTAs come
+// as SMs fall free, and two would share one while others have none (seven GEMMs of 16 rows 82 instead of 75 us).
+constexpr int kLeastShared = 116 << 10;
+
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
@@ -126,7 +130,7 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     CUfunction function = nullptr;
     CUresult result = cu->cuModuleLoadData(&module, cubin);
     if (!result) result = cu->cuModuleGetFunction(&function, module, name);
-    if (!result && shared_bytes) result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, shared_bytes);
+    if (!result && shared_bytes) result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, std::max(shared_bytes, kLeastShared));
     auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function};
     if (module && !kernel) cu->cuModuleUnload(module);
     cu->cuThreadExchangeStreamCaptureMode(&mode);
@@ -148,11 +152,10 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     GemmParams params = make_params(*o, *p);
-    params.raster = plan->raster, params.b_policy = plan->b_policy;
+    params.b_policy = plan->b_policy;
     const int tile_k = 128;
     const bool deep = plan->depth > 1;
     params.blocked = deep && p->k % tile_k == 0;
-    params.sa_by_bulk &= !deep && plan->tile_m >= 64;            // kBulkScales: many small ones would take TMA's time
     params.d_by_tma &= plan->tile_m >= 64 && plan->split == 1;   // else from registers
     // A CTA loads its own part of an operand that its cluster shares: some rows, or some blocks of a deep stage. Rows that
     // TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.
@@ -166,14 +169,17 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     params.d_blocked = p->n % panel == 0;
     const Box d{panel, plan->tile_m / consumers, true, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
     if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
+    const int columns = ceil_div(p->n, plan->tile_n * plan->cluster_n), rows = ceil_div(p->m, plan->tile_m * plan->cluster_m);
+    const bool searches = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED;      // for groups: rows are not known here
+    set_raster(params, searches ? plan->raster : std::min(plan->raster, rows), columns);
     const int cluster = plan->cluster_m * plan->cluster_n * plan->split;
+    const int shared = std::max(plan->shared_bytes, kLeastShared);
     int clusters = plan->num_sms / cluster, resident = clusters;
-    if (cluster > 2) FP8GEMM_TRY(resident_clusters(*cu, *kernel, plan->threads, plan->shared_bytes, cluster, &resident));
+    if (cluster > 2) FP8GEMM_TRY(resident_clusters(*cu, *kernel, plan->threads, shared, cluster, &resident));
     clusters = std::min(clusters, resident);
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
-        clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{ceil_div(p->m, plan->tile_m * plan->cluster_m)} *
-                                                                    ceil_div(p->n, plan->tile_n * plan->cluster_n)));
-    const Launch all(clusters * cluster, 1, 1, plan->threads, plan->shared_bytes, cluster, true, stream);
+        clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
+    const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);
 }
 

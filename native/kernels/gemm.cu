@@ -29,12 +29,14 @@ namespace fp8gemm {
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
+__device__ bool scales_by_bulk(const GemmParams& p) { return kBulkScales && p.sa_by_bulk; }
+
 // Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
 // copied apart.
 struct ScaleRows { int first, lead, bulk, rest; };               // lead: those before the tile, of a ragged group
 
 __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
-    const int lead = kKind == kRagged && p.sa_by_bulk ? tile.row % 4 : 0, first = tile.row - lead;
+    const int lead = kKind == kRagged && scales_by_bulk(p) ? tile.row % 4 : 0, first = tile.row - lead;
     const int rows = max(min(kTileM + (lead ? 4 : 0), p.m - first), 0);
     return {first, lead, rows & ~3, rows & 3};
 }
@@ -69,10 +71,11 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
-        dependency_wait();                                       // dense: all before it may run beside earlier kernels
         const int group_a = kKind == kMasked ? tile.group : 0;
-        const u32 tile_scale_bytes = p.sa_by_bulk ? scale_rows(p, tile).bulk * sizeof(float) : 0;
+        const u32 tile_scale_bytes = scales_by_bulk(p) ? scale_rows(p, tile).bulk * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + scale_rows(p, tile).first + first_block * p.sa_k;
+        if (first) wait_for_barriers();                          // all before it needs neither them
+        dependency_wait();                                       // nor (dense) what earlier kernels write
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
@@ -97,10 +100,10 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
                 }
             }
             __syncwarp();
-            if (first) named_barrier_arrive(kLoading, kLoadingThreads), first = false;
+            if (first) named_barrier_arrive(kLoading, kThreads), first = false;
         }
     }
-    if (first) named_barrier_arrive(kLoading, kLoadingThreads);
+    if (first) wait_for_barriers(), named_barrier_arrive(kLoading, kThreads);
     // Where a peer arrives at our barriers, we stay until it has done so for the last time.
     if constexpr (kShare > 1)
         for (int i = 0; i < kStages; ++i, ring.advance()) barrier_wait(&ring.stage(s).empty, ring.phase ^ 1);
@@ -108,12 +111,13 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
 
 // ---- producer: scales ----------------------------------------------------------------------------------------------
 // Arrivals that a stage waits for: one for all that bulk copies leave over, or one of each thread that copies.
-__device__ int scale_arrivals(const GemmParams& p) { return p.sa_by_bulk ? 1 : kScaleThreads; }
+__device__ int scale_arrivals(const GemmParams& p) { return scales_by_bulk(p) ? 1 : kScaleThreads; }
 
 // Beside bulk copies of A's scales one warp brings B's one or two, and up to three of A's: a lane each, a block ahead.
 __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     const int lane = threadIdx.x % 32, blocks = min(blocks_of_k(p), last_block);
     const bool of_b = lane < 2;
+    bool first = true;
     const u32 full = keep(shared_address(&s.stages[0].full));
     const long long step = of_b ? p.sb_k : p.sa_k;
     Ring ring;
@@ -125,6 +129,7 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
         const float* from = of_b ? p.sb + tile.group * p.sb_group + i * p.sb_row + first_block * p.sb_k
                                  : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + rows.first + i +
                                        first_block * p.sa_k;
+        if (kScalesAhead && first) wait_for_first_load(), first = false;
         dependency_wait();
         float next = load_float(from, exists && first_block < blocks);
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
@@ -138,47 +143,48 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
             if (lane == 0) barrier_arrive(full + ring.offset);
         }
     }
+    if (kScalesAhead && first) wait_for_first_load();
 }
 
 // Where A's scales don't suit bulk copies, every scale comes by a four-byte copy, so that no layout needs a transposing
 // pass. The loop over K does what it must and no more: its warps take the consumers' time to issue.
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
-    constexpr int kCount = kTileM + 2, kCopies = (kDepth * kCount + kScaleThreads - 1) / kScaleThreads;  // of a block
+    constexpr int kOfA = kDepth * kTileM, kCopies = (kOfA + 2 * kDepth + kScaleThreads - 1) / kScaleThreads;    // of a stage
     const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
-    u32 to[kCopies];                                             // this thread's copies: where in a stage; 0: nowhere
-    bool of_b[kCopies];
+    bool first = true, of_b[kCopies];                            // A's first, then B's
+    int block[kCopies], row[kCopies];                            // this thread's copies: scale `row` of a block of a stage
+    u32 to[kCopies];                                             // where in a stage; 0: nowhere
     for (int c = 0; c < kCopies; ++c) {
-        const int copy = thread + c * kScaleThreads, j = copy / kCount, i = copy % kCount;
-        of_b[c] = i >= kTileM;
-        const u32 slot = j * kScaleSlots + (of_b[c] ? kScalesOfB + i - kTileM : i);
-        to[c] = keep(j < kDepth ? sizeof(Stage::a) + sizeof(Stage::b) + slot * sizeof(float) : 0);
+        const int copy = thread + c * kScaleThreads, b = copy - kOfA;
+        of_b[c] = b >= 0, block[c] = of_b[c] ? b / 2 : copy / kTileM, row[c] = of_b[c] ? b % 2 : copy % kTileM;
+        const u32 slot = block[c] * kScaleSlots + row[c] + (of_b[c] ? kScalesOfB : 0);
+        to[c] = keep(block[c] < kDepth ? sizeof(Stage::a) + sizeof(Stage::b) + slot * sizeof(float) : 0);
     }
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const float* from[kCopies];
         bool wants[kCopies];                                     // not of rows that A has not, nor of B
-        for (int c = 0; c < kCopies; ++c) {                      // scale i of block j of each stage
-            const int copy = thread + c * kScaleThreads, j = copy / kCount, i = copy % kCount;
-            const int n_block = tile.column / 128 + i - kTileM;
-            from[c] = i < kTileM ? p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + i) * p.sa_row +
-                                       (first_block + j) * p.sa_k
-                                 : p.sb + tile.group * p.sb_group + n_block * p.sb_row + (first_block + j) * p.sb_k;
-            wants[c] = to[c] && (i < kTileM ? i < tile.rows : n_block * 128 < p.n);
+        for (int c = 0; c < kCopies; ++c) {
+            const int at = of_b[c] ? tile.column / 128 + row[c] : tile.row + row[c], kb = first_block + block[c];
+            from[c] = of_b[c] ? p.sb + tile.group * p.sb_group + at * p.sb_row + kb * p.sb_k
+                              : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + at * p.sa_row + kb * p.sa_k;
+            wants[c] = to[c] && (of_b[c] ? at * 128 < p.n : row[c] < tile.rows);
         }
+        if (kScalesAhead && first) wait_for_first_load(), first = false;
         dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             const bool whole = kb + kDepth <= blocks;            // else zeros behind K
             for (int c = 0; c < kCopies; ++c) {
-                const bool exists = whole || kb + (thread + c * kScaleThreads) / kCount < blocks;
-                if (wants[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], exists);
+                if (wants[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], whole || kb + block[c] < blocks);
                 from[c] += kDepth * (of_b[c] ? p.sb_k : p.sa_k);
             }
             copy_async_arrive(&stage.full);
         }
     }
+    if (kScalesAhead && first) wait_for_first_load();
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
@@ -315,35 +321,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
     const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
     const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
 
-    // The barriers of a stage or a consumer each, by all warps at a time: no load is issued before the last is set up.
-    const bool loads = warp == kConsumers * 4;
-    if (elect_one()) {
-        if (warp == kThreads / 32 - 1) prefetch_map(p.a), prefetch_map(p.b);
-#pragma unroll 1
-        for (int i = warp; i < kStages; i += kThreads / 32) {
-            barrier_init(&s.stages[i].full, 1 + scale_arrivals(p));
-            barrier_init(&s.stages[i].empty, kConsumers * 4 * kShare);
-        }
-        if (kSplit > 1 && warp < kConsumers)
-            barrier_init(&s.parts_full[warp], 1), barrier_init(&s.parts_empty[warp], 4 * (kSplit - 1));
-        fence_barrier_init();
-    }
+    if (warp != kLoader) set_up_barriers(s, warp, 1 + scale_arrivals(p));
+    else if (elect_one()) prefetch_map(p.a), prefetch_map(p.b);
     __syncwarp();
     if (kCluster > 1) cluster_arrive();
-    if (kShare > 1) cluster_wait();              // peers that split K meet again at their sums
-    else named_barrier_sync(0, kThreads);
-    if (!loads) dependents_launch();             // once for a CTA is enough, and the first load is urgent
-    if (kKind != kDense) dependency_wait();      // nothing above has read memory; group sizes come from there
-    if (warpgroup == kConsumers) {
-        if constexpr (kConsumers > 1) registers_decrease<kProducerRegisters>();
-        if (loads) load_operands(p, s, first, last);
-        else if (!p.sa_by_bulk) load_scales(p, s, first, last);
-        else if (kBulkScales && warp % 4 == 1) load_other_scales(p, s, first, last);
-    } else {
+    if (kConsumers > 1 && warpgroup == kConsumers) registers_decrease<kProducerRegisters>();
+    if (kKind != kDense) dependency_wait();      // group sizes come from memory; nothing above has read it
+    if (warp == kLoader) {                       // first: it need not wait for constants that the others read
+        load_operands(p, s, first, last);
+    } else if (warpgroup < kConsumers) {
+        wait_for_barriers();
+        dependents_launch();
         if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
-        named_barrier_sync(kLoading, kLoadingThreads);
+        wait_for_first_load();
         if constexpr (kSwapAB) multiply_swapped(p, s, first, last);
         else multiply(p, s, first, last, warpgroup);
+    } else {
+        if (!kScalesAhead) wait_for_barriers(), named_barrier_arrive(kLoading, kThreads);
+        else if (kShare == 1) named_barrier_arrive(kReady, kThreads);
+        if (!scales_by_bulk(p)) load_scales(p, s, first, last);
+        else if (kBulkScales && warp == kLoader + 1) load_other_scales(p, s, first, last);
+        else if (kScalesAhead) wait_for_first_load();
     }
 }
 

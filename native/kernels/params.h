@@ -9,27 +9,49 @@ struct alignas(64) TensorMap {                   // CUtensorMap: opaque, 128 byt
 
 enum Kind { kDense = 0, kContiguous = 1, kRagged = 2, kMasked = 3 };
 
+// Division by a number that the host knows: x / d = x * multiplier >> shift, for x < 2^31 (Granlund and Montgomery, Division
+// by Invariant Integers using Multiplication, 1994).
+struct Divisor {
+    unsigned multiplier, shift;
+};
+
 // One GEMM: D[g][m, n] = sum over kb of sa[m, kb] * sb[n / 128, kb] * (A[m, kb] . B[n, kb]). All strides in elements.
+// A line of 64 bytes that a warp reads of these for the first time costs it 100 to 250 cycles: what the first load needs
+// is one line, what the first scales need another.
 struct GemmParams {
     int m, n, k, groups;                         // m: rows of one group for masked, of all of A otherwise
     int raster;                                  // rows of cluster tiles walked together before the next column band
+    Divisor by_raster, by_band;                  // by_band: by the cluster tiles of such a band
     int a_box_rows;                              // of A that a CTA loads: fewer than a tile where A is shorter
     int a_box_blocks, b_box_blocks;              // blocks of K in a box of A, of B
     int blocked;                                 // boxes hold several blocks: of deep stages, where K is whole blocks
-    int d_by_tma;                                // D's base and strides suit TMA (16-byte multiples)
-    int d_blocked;                               // a box of D holds all panels of a tile: N is whole panels
     int sa_by_bulk;                              // A's scales have rows fastest, columns 16 bytes aligned
     unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
     // a, b: (k, row, group); of deep stages (k, row, 1, group), blocked (128, row, k / 128, group).
     // d: (n, row, 1, group), blocked (panel, row, n / panel, group).
     TensorMap a, b, d;
-    const unsigned char *a_data, *b_data;        // e4m3; the GEMM kernel reads them by the maps
-    unsigned short* d_data;                      // bf16
     const float *sa, *sb;
-    const int* layout;                           // m_indices, group_ends or masked_m, on the device; null if dense
-    long long a_row, a_group, b_row, b_group, d_row, d_group;
     long long sa_row, sa_k, sa_group, sb_row, sb_k, sb_group;
+    unsigned short* d_data;                      // bf16
+    long long d_row, d_group;
+    int d_by_tma;                                // D's base and strides suit TMA (16-byte multiples)
+    int d_blocked;                               // a box of D holds all panels of a tile: N is whole panels
+    const int* layout;                           // m_indices, group_ends or masked_m, on the device; null if dense
+    const unsigned char *a_data, *b_data;        // e4m3; the GEMM kernel reads them by the maps
+    long long a_row, a_group, b_row, b_group;
 };
+
+inline Divisor divisor(unsigned d) {
+    unsigned bits = 0;
+    while (1ull << bits < d) ++bits;
+    return {static_cast<unsigned>(((1ull << (31 + bits)) + d - 1) / d), 31 + bits};
+}
+
+// `columns`: cluster tiles along N. Bands of more tiles than can be numbered are one band.
+inline void set_raster(GemmParams& p, int raster, int columns) {
+    const long long band = 1ll * raster * columns;
+    p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(band < 0x7FFFFFFF ? band : 0x7FFFFFFF);
+}
 
 // One quantisation: x (rows, columns) -> q e4m3, s FP32. Strides in elements.
 struct CastParams {

@@ -29,7 +29,7 @@ constexpr bool kSwapAB = SWAP_AB;                                // wgmma's rows
 constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math warpgroups
 constexpr int kWaves = kSwapAB ? (kTileN + 63) / 64              // 64-row blocks of each, one after another
                      : kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;
-constexpr int kThreads = 128 * (kConsumers + 1);
+constexpr int kThreads = 128 * (kConsumers + 1), kLoader = kConsumers * 4;      // the warp that loads A and B
 
 // A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
 // partial sums at a time, one's promotion hides behind the next one's wgmma.
@@ -41,11 +41,11 @@ constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
 // scales to copy.
 constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kDepth > 1 ? 224 : 232;
 constexpr int kProducerRegisters = kConsumers == 3 || kDepth > 1 ? 56 : 40;
-// The named barrier where consumers wait for the first load to be issued: the warp that loads then need not share the
-// fetching of its code. 0 is the whole CTA's, 1 to 3 are the consumers' own.
-constexpr int kLoading = 4, kLoadingThreads = kConsumers * 128 + 32;
+// Whether warps that copy scales compute where they are before the barriers are ready, beside the warp that loads. Many
+// rows' are then asked for 0.2 us sooner, and stand before the weights in the memory's queue; few are better off later.
+constexpr bool kScalesAhead = !kSwapAB;
 constexpr int kScaleThreads = 96;                                // of the producer
-constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies; launch.cpp says so too
+constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies: few and large enough
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, two of B's
 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }

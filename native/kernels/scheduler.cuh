@@ -18,6 +18,8 @@ struct Tile {
     int alone;                                   // the cluster's other tile is of another group: no B to share
 };
 
+__device__ int divide(int x, Divisor d) { return static_cast<u64>(static_cast<u32>(x)) * d.multiplier >> d.shift; }
+
 class Scheduler {
 public:
     // Whole warps construct and call: the search for the group uses all 32 lanes.
@@ -60,9 +62,10 @@ private:
         const int rank = kCluster > 1 ? cluster_rank() : 0;
         int m = 0, n = index;
         if (rows > kRows) {                      // one row of tiles starts sooner without the divisions
-            const u32 per_band = p.raster * columns, band = u32(index) / per_band, in_band = index - band * per_band;
-            const u32 height = min(p.raster, ceil_div(rows, kRows) - int(band) * p.raster);
-            n = in_band / height, m = band * p.raster + in_band - n * height;
+            const int band = divide(index, p.by_band), first = band * p.raster, in_band = index - first * columns;
+            const int height = min(p.raster, ceil_div(rows, kRows) - first);
+            n = height == p.raster ? divide(in_band, p.by_raster) : u32(in_band) / u32(height);
+            m = first + in_band - n * height;
         }
         index += gridDim.x / kCluster;
         m = m * kClusterM + (kClusterM > 1 ? rank : 0), n = n * kClusterN + (kClusterN > 1 ? rank : 0);

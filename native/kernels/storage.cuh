@@ -24,6 +24,31 @@ constexpr int kBeyond = kSwapAB ? (kWaves * 64 - kTileN) * kTileK : 0;
 static_assert(sizeof(SharedStorage) + kBeyond == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
 #endif
 
+// The barriers of a stage or a consumer each, by all warps at a time but the one that loads, which goes ahead to its code.
+__device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
+    if (!elect_one()) return;
+#pragma unroll 1
+    for (int i = warp - (warp > kLoader); i < kStages; i += kThreads / 32 - 1) {
+        barrier_init(&s.stages[i].full, arrivals);
+        barrier_init(&s.stages[i].empty, kConsumers * 4 * kShare);
+    }
+    if (kSplit > 1 && warp < kConsumers)
+        barrier_init(&s.parts_full[warp], 1), barrier_init(&s.parts_empty[warp], 4 * (kSplit - 1));
+    fence_barrier_init();
+}
+
+// Named barriers, beside 1 to 3 of the consumers. Every warp takes part in both.
+constexpr int kReady = 0, kLoading = 4;
+
+// Until all barriers are set up, and those of CTAs that share stages. (Peers that split K meet at their sums.)
+__device__ void wait_for_barriers() {
+    if constexpr (kShare > 1) cluster_wait();
+    else named_barrier_sync(kReady, kThreads);
+}
+
+// Until the first load is issued. Its warp then need not share the fetching of its code.
+__device__ void wait_for_first_load() { named_barrier_sync(kLoading, kThreads); }
+
 // The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to
 // addresses and wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core loses.
 struct Ring {
