@@ -67,14 +67,14 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
     const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
     const int blocks = blocks_of_k(p);
-    bool first = true;
+    bool ready = false, loading = false;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const int group_a = kKind == kMasked ? tile.group : 0;
         const u32 tile_scale_bytes = scales_by_bulk(p) ? scale_rows(p, tile).bulk * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + scale_rows(p, tile).first + first_block * p.sa_k;
-        if (first) wait_for_barriers();                          // all before it needs neither them
+        if (!ready) wait_for_barriers(), ready = true;           // all before it needs neither them
         dependency_wait();                                       // nor (dense) what earlier kernels write
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
@@ -100,10 +100,11 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
                 }
             }
             __syncwarp();
-            if (first) named_barrier_arrive(kLoading, kThreads), first = false;
+            if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true;
         }
     }
-    if (first) wait_for_barriers(), named_barrier_arrive(kLoading, kThreads);
+    if (!ready) wait_for_barriers();
+    if (!loading) named_barrier_arrive(kLoading, kThreads);      // a share of K may be empty
     // Where a peer arrives at our barriers, we stay until it has done so for the last time.
     if constexpr (kShare > 1)
         for (int i = 0; i < kStages; ++i, ring.advance()) barrier_wait(&ring.stage(s).empty, ring.phase ^ 1);

@@ -32,6 +32,14 @@ int mark(const GemmParams& p, const Box& box, const u8* operand, int box_rows, i
 
 struct Loaded { std::vector<Box> boxes; std::vector<Expect> expects; };
 
+// Once, before the first load, all barriers must be ready; once, behind it, the others hear of it. With `loads` false there
+// is none, but they wait all the same.
+void check_meetings(bool loads) {
+    const size_t first = loads ? 1 + 1 : 0;                      // a stage begun, and __syncwarp's mark among the copies
+    if (meetings != std::vector<Meeting>{{kShare > 1 ? -1 : kReady, 0}, {kLoading, first}})
+        fail("meets others otherwise", static_cast<int>(meetings.size()), loads);
+}
+
 }  // namespace
 
 int main() {
@@ -50,10 +58,13 @@ int main() {
             gridDim.x = 2 * kCluster, blockIdx.x = 0;
             Loaded by[kShare];
             for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
-                boxes.clear(), expects.clear(), named_arrivals.clear(), waits.clear();
+                boxes.clear(), expects.clear(), copies.clear(), meetings.clear(), waits.clear();
+                load_operands(p, s, last, last);                 // a share of K may be empty
+                check_meetings(false);
+                copies.clear(), meetings.clear(), waits.clear();
                 load_operands(p, s, 0, last);
+                check_meetings(true);
                 by[rank_in_cluster] = {boxes, expects};
-                if (named_arrivals != std::vector{kLoading}) fail("not one arrival", named_arrivals.size(), bulk);
                 // For each fill, and where a peer arrives here, for the last use of each stage.
                 const size_t all = expects.size() + (kShare > 1 ? kStages : 0);
                 if (waits.size() != all) fail("waits", waits.size(), all);

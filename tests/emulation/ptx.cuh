@@ -77,10 +77,17 @@ PTX bool elect_one() { return true; }
 PTX u32 thread_index() { return threadIdx.x; }
 PTX u32 cluster_rank() { return rank_in_cluster; }
 PTX void cluster_arrive() {}
-PTX void cluster_wait() {}
-PTX void named_barrier_sync(int, int) {}
-inline std::vector<int> named_arrivals;                          // by barrier
-PTX void named_barrier_arrive(int id, int) { named_arrivals.push_back(id); }
+// Where the warps of a CTA meet: which named barrier (-1: the cluster's), and how many stages and copies were begun before.
+struct Meeting {
+    int id;
+    size_t begun;
+    bool operator==(const Meeting&) const = default;
+};
+inline std::vector<Meeting> meetings;
+PTX void meet(int id) { meetings.push_back({id, expects.size() + copies.size() + loads.size()}); }
+PTX void cluster_wait() { meet(-1); }
+PTX void named_barrier_sync(int id, int) { meet(id); }
+PTX void named_barrier_arrive(int id, int) { meet(id); }
 PTX void dependency_wait() {}
 PTX void dependents_launch() {}
 template <int N> PTX void registers_decrease() {}

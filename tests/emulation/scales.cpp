@@ -56,8 +56,11 @@ int main() {
                 arrivals.clear();
                 for (int thread = 0; thread < threads; ++thread) {
                     threadIdx.x = kConsumers * 128 + 32 + thread;
-                    copies.clear(), loads.clear();
-                    bulk ? load_other_scales(p, s, 0, last) : load_scales(p, s, 0, last);
+                    for (int start : {last, 0}) {                // a share of K may be empty
+                        copies.clear(), loads.clear(), meetings.clear();
+                        bulk ? load_other_scales(p, s, start, last) : load_scales(p, s, start, last);
+                        if (meetings != std::vector<Meeting>(kScalesAhead, {kLoading, 0})) fail("meets others", thread, start);
+                    }
                     of_thread.push_back(copies);
                 }
                 std::vector<size_t> at(threads);
