@@ -35,12 +35,21 @@ def loaded(
     _check_driver()
     with _lock:
         if (device_id, kernel) not in _kernels:
-            handle, function = ctypes.c_void_p(), kernel.function.encode()
-            started = time.perf_counter()
-            native.library().kernel_load(device_id, cubin, len(cubin), function, shared_bytes, ctypes.byref(handle))
-            compiler.debug(kernel, f"loaded on cuda:{device_id} in {1e3 * (time.perf_counter() - started):.1f} ms")
-            _kernels[device_id, kernel] = handle
+            _kernels[device_id, kernel] = _load(device_id, kernel, cubin, shared_bytes)
         return _kernels[device_id, kernel]
+
+
+def loaded_elsewhere(device_id: int, kernel: Kernel, shared_bytes: int) -> ctypes.c_void_p:
+    """The same once more, for one who wants its code at another address too. For good: nothing unloads a kernel."""
+    return _load(device_id, kernel, compiler.cubin(kernel), shared_bytes)
+
+
+def _load(device_id: int, kernel: Kernel, cubin: bytes, shared_bytes: int) -> ctypes.c_void_p:
+    handle, function = ctypes.c_void_p(), kernel.function.encode()
+    started = time.perf_counter()
+    native.library().kernel_load(device_id, cubin, len(cubin), function, shared_bytes, ctypes.byref(handle))
+    compiler.debug(kernel, f"loaded on cuda:{device_id} in {1e3 * (time.perf_counter() - started):.1f} ms")
+    return handle
 
 
 def _check_driver() -> None:

@@ -139,6 +139,22 @@ def test_the_gpu_rests_as_long_as_it_multiplies() -> None:
 
 
 @on_stub
+def test_a_kernel_is_loaded_several_times_but_beside_others() -> None:
+    device, shared = target(), target(share=True)
+    (task,) = presets.tasks([DENSE], device.device)
+    plan = space.kernels(task, device.device)[0]
+    rig = device.rig(task)
+    rig.error(plan)
+    again = device.loads(plan, native.DENSE)
+    assert len(set(again)) == gpu.LOADS - 1
+    assert device.loads(plan, native.DENSE) == again, "once for all problems"
+    assert shared.loads(plan, native.DENSE) == []
+    rig.close()
+    device.close()
+    shared.close()
+
+
+@on_stub
 def test_there_is_not_always_room() -> None:
     big = Problem(native.DENSE, 65536, 65536, 128)
     for options, problem in (({}, big), ({"share": True, "memory_bytes": 128 << 20}, DENSE._replace(m=8192))):
