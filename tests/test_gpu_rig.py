@@ -120,22 +120,25 @@ def test_rounds_with_slow_flushes_do_not_count_beside_others() -> None:
 
 @on_stub
 def test_the_gpu_rests_as_long_as_it_multiplies() -> None:
-    device = target()
-    (task,) = presets.tasks([DENSE], device.device)
-    plans = space.kernels(task, device.device)[:3]
-    rig = device.rig(task)
-    assert [rig.error(plan) for plan in plans] == [1.0, 1.0, 1.0]
-    rests: list[float] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("time.sleep", rests.append)
-        patch.setattr(gpu, "BURST", 1e-4)
-        found = rig.times(plans, 40)
-    multiplied = sum(map(sum, found))
-    assert sum(rests) == pytest.approx(multiplied, rel=0.01)
-    assert len(rests) > 10
-    assert max(rests) < 1.5e-4, "a burst is one launch longer at most"
-    rig.close()
-    device.close()
+    for share in (False, True):
+        device = target(share=share)
+        (task,) = presets.tasks([DENSE], device.device)
+        plans = space.kernels(task, device.device)[:3]
+        rig = device.rig(task)
+        assert [rig.error(plan) for plan in plans] == [1.0, 1.0, 1.0]
+        rests: list[float] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("time.sleep", rests.append)
+            patch.setattr(gpu, "BURST", 1e-4)
+            found = rig.times(plans, 40)
+        if share:
+            assert rests == [], "beside others the daemon rests"
+        else:
+            assert sum(rests) == pytest.approx(sum(map(sum, found)), rel=0.01)
+            assert len(rests) > 10
+            assert max(rests) < 1.5e-4, "a burst is one launch longer at most"
+        rig.close()
+        device.close()
 
 
 @on_stub

@@ -6,10 +6,11 @@ stream of our own, each launch after a read of more than L2 holds, which leaves 
 
 import ctypes
 import hashlib
+import itertools
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,10 +133,11 @@ class GpuRig:
         self.gpu, self.target = target.gpu, target
         self._problem = p = task.problem
         self._pointers: list[int] = []
-        self._entries: dict[AnyPlan, list[native.Entry]] = {}  # one of each load of its kernel
+        self._entries: dict[AnyPlan, Iterator[native.Entry]] = {}  # the loads of its kernel, in turns
         self._seconds: dict[AnyPlan, float] = {}  # of each plan's first launch
         self._order = random.Random(1)  # so that no plan always follows the same other one
         self._least_flush = math.inf
+        self._clock_hz: float | None = None
         rows = p.m * (p.groups if p.kind == native.MASKED else 1)
         blocks, columns = ceil_div(p.k, accuracy.BLOCK), ceil_div(p.n, accuracy.BLOCK)
         groups = p.groups if p.kind != native.DENSE else 1
@@ -216,7 +218,7 @@ class GpuRig:
         self.gpu.wait()
 
     def _launch(self, plan: AnyPlan) -> None:
-        entry = self._order.choice(self._entries[plan])
+        entry = next(self._entries[plan])
         o, p = ctypes.byref(self._operands), ctypes.byref(self._found)
         native.library().run(ctypes.byref(entry), o, p, self.gpu.stream)
 
@@ -229,9 +231,10 @@ class GpuRig:
         if plan not in self._entries:
             key = planner.make_key(self._found)
             first = planner.entry_of(key, plan, stream=self.gpu.stream, may_build=True)
-            self._entries[plan] = [first, *self._elsewhere(first, plan)]
+            self._entries[plan] = itertools.cycle([first, *self._elsewhere(first, plan)])
         n = self._problem.n
         self.gpu.fill(self._operands.d.data, accuracy.POISON, self._rows * n, 2)
+        self._flush()
         self.gpu.record(0)
         self._launch(plan)
         self.gpu.record(1)
@@ -256,14 +259,13 @@ class GpuRig:
 
         A GPU that multiplies all the time falls to the clock that its power limit allows within 50 ms. Models do other
         things in between, so it rests here as long as it multiplied: 4096 x 7168 x 16384 on an H200 takes 128 x 128
-        703 us and 256 x 128 661 then, without rests 753 and 761.
+        703 us and 256 x 128 661 then, without rests 753 and 761. (Beside a serving process the daemon rests longer.)
         """
         turns = [turn for _ in range(rounds) for turn in self._order.sample(range(len(plans)), len(plans))]
         busy = 0.0
         for number, turn in enumerate(turns):
             if busy > BURST:
-                self.gpu.wait()
-                time.sleep(busy)
+                self._rest(busy)
                 busy = 0.0
             busy += self._seconds[plans[turn]]
             self.gpu.record(3 * number)
@@ -271,8 +273,7 @@ class GpuRig:
             self.gpu.record(3 * number + 1)
             self._launch(plans[turn])
             self.gpu.record(3 * number + 2)
-        self.gpu.wait()
-        time.sleep(busy)
+        self._rest(busy)
         found: list[list[float]] = [[] for _ in plans]
         for number, turn in enumerate(turns):
             flush = self.gpu.seconds(3 * number, 3 * number + 1)
@@ -281,8 +282,14 @@ class GpuRig:
                 found[turn].append(self.gpu.seconds(3 * number + 1, 3 * number + 2))
         return found
 
+    def _rest(self, seconds: float) -> None:
+        self.gpu.wait()
+        self._clock_hz = self.target.clock_hz()
+        if not self.target.share:
+            time.sleep(seconds)
+
     def clock_hz(self) -> float | None:
-        return self.target.clock_hz()
+        return self._clock_hz
 
     def close(self) -> None:
         while self._pointers:

@@ -86,8 +86,8 @@ struct Launch {
         attributes[0].cluster = {static_cast<unsigned>(cluster), 1, 1};
         attributes[1].id = kProgrammaticStreamSerialization;
         attributes[1].programmatic = 1;
-        config = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z), static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared), static_cast<CUstream>(stream),
-                  attributes, early ? 2u : cluster > 1 ? 1u : 0u};
+        config = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z), static_cast<unsigned>(threads), 1, 1,
+                  static_cast<unsigned>(shared), static_cast<CUstream>(stream), attributes, early ? 2u : cluster > 1 ? 1u : 0u};
     }
 };
 
@@ -130,7 +130,8 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     CUfunction function = nullptr;
     CUresult result = cu->cuModuleLoadData(&module, cubin);
     if (!result) result = cu->cuModuleGetFunction(&function, module, name);
-    if (!result && shared_bytes) result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, std::max(shared_bytes, kLeastShared));
+    if (!result && shared_bytes)
+        result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, std::max(shared_bytes, kLeastShared));
     auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function};
     if (module && !kernel) cu->cuModuleUnload(module);
     cu->cuThreadExchangeStreamCaptureMode(&mode);

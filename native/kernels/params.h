@@ -49,6 +49,7 @@ inline Divisor divisor(unsigned d) {
 
 // `columns`: cluster tiles along N. Bands of more tiles than can be numbered are one band.
 inline void set_raster(GemmParams& p, int raster, int columns) {
+    raster = raster > 1 ? raster : 1;
     const long long band = 1ll * raster * columns;
     p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(band < 0x7FFFFFFF ? band : 0x7FFFFFFF);
 }

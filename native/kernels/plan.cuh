@@ -41,8 +41,8 @@ constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
 // scales to copy.
 constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kDepth > 1 ? 224 : 232;
 constexpr int kProducerRegisters = kConsumers == 3 || kDepth > 1 ? 56 : 40;
-// Whether warps that copy scales compute where they are before the barriers are ready, beside the warp that loads. Many
-// rows' are then asked for 0.2 us sooner, and stand before the weights in the memory's queue; few are better off later.
+// Whether warps that copy scales compute their addresses ahead of the barriers, and copy as soon as the first load is
+// issued: before the weights of later stages. Few (operands swapped) are 0.2 us better off computed after the barriers.
 constexpr bool kScalesAhead = !kSwapAB;
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies: few and large enough

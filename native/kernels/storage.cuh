@@ -37,7 +37,8 @@ __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
     fence_barrier_init();
 }
 
-// Named barriers, beside 1 to 3 of the consumers. Every warp takes part in both.
+// Named barriers, beside 1 to 3 of the consumers. Every warp counts once in each, by waiting or in passing. Where CTAs share
+// stages, the cluster's barrier takes the place of kReady.
 constexpr int kReady = 0, kLoading = 4;
 
 // Until all barriers are set up, and those of CTAs that share stages. (Peers that split K meet at their sums.)
