@@ -39,9 +39,10 @@ def loaded(
         return _kernels[device_id, kernel]
 
 
-def loaded_elsewhere(device_id: int, kernel: Kernel, shared_bytes: int) -> ctypes.c_void_p:
-    """The same once more, for one who wants its code at another address too. For good: nothing unloads a kernel."""
-    return _load(device_id, kernel, compiler.cubin(kernel), shared_bytes)
+def loaded_again(device_id: int, kernel: Kernel, shared_bytes: int, times: int) -> list[ctypes.c_void_p]:
+    """The same `times` more, for one who wants its code at other addresses too. For good: nothing unloads a kernel."""
+    cubin = compiler.cubin(kernel)
+    return [_load(device_id, kernel, cubin, shared_bytes) for _ in range(times)]
 
 
 def _load(device_id: int, kernel: Kernel, cubin: bytes, shared_bytes: int) -> ctypes.c_void_p:

@@ -168,7 +168,7 @@ def check_a_deep_launch(k: int) -> None:
     planner.publish(listed.key, plan, True)
     (found,) = launched(call.without_python)
     assert found["grid"] == [66, 1, 1], "more clusters than tiles"
-    assert found["d_by_tma"] == 1
+    assert (found["d_by_tma"], found["sa_by_bulk"]) == (1, 1)
     if k % 128:
         a, b = [[1040, 100, 1, 1], [1040] * 3, [128, 64, 1, 1]], [[1040, 2112, 1, 1], [1040] * 3, [128, 64, 1, 1]]
     else:

@@ -283,6 +283,7 @@ class GpuRig:
         return found
 
     def _rest(self, seconds: float) -> None:
+        """Waits for the GPU, reads the clock that the work left it, and lets it rest."""
         self.gpu.wait()
         self._clock_hz = self.target.clock_hz()
         if not self.target.share:
@@ -339,7 +340,7 @@ class GpuTarget:
             return []
         kernel = plan.kernel(kind)
         if kernel not in self._loads:
-            again = [backends.loaded_elsewhere(self.device_id, kernel, plan.shared_bytes) for _ in range(LOADS - 1)]
+            again = backends.loaded_again(self.device_id, kernel, plan.shared_bytes, LOADS - 1)
             self._loads[kernel] = [handle.value or 0 for handle in again]
         return self._loads[kernel]
 

@@ -130,7 +130,7 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
         const float* from = of_b ? p.sb + tile.group * p.sb_group + i * p.sb_row + first_block * p.sb_k
                                  : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + rows.first + i +
                                        first_block * p.sa_k;
-        if (kScalesAhead && first) wait_for_first_load(), first = false;
+        if (first) wait_for_first_load(), first = false;
         dependency_wait();
         float next = load_float(from, exists && first_block < blocks);
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
@@ -144,7 +144,7 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
             if (lane == 0) barrier_arrive(full + ring.offset);
         }
     }
-    if (kScalesAhead && first) wait_for_first_load();
+    if (first) wait_for_first_load();
 }
 
 // Where A's scales don't suit bulk copies, every scale comes by a four-byte copy, so that no layout needs a transposing
@@ -342,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __g
         else if (kShare == 1) named_barrier_arrive(kReady, kThreads);
         if (!scales_by_bulk(p)) load_scales(p, s, first, last);
         else if (kBulkScales && warp == kLoader + 1) load_other_scales(p, s, first, last);
-        else if (kScalesAhead) wait_for_first_load();
+        else wait_for_first_load();
     }
 }
 

@@ -1,4 +1,5 @@
-// Shared memory: the ring of stages between producer and consumers, D's way out, and what CTAs that split K send.
+// Shared memory: the ring of stages between producer and consumers and its barriers, D's way out, and what CTAs that split K
+// send.
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"

@@ -11,6 +11,10 @@ using namespace fp8gemm;
 
 static_assert(kTurn == TURN && kThreads == THREADS, "fp8gemm/plan.py and plan.cuh disagree");
 
+inline void set_raster(GemmParams& p, int raster) {              // of p.n columns
+    set_raster(p, raster, (p.n + kTileN * kClusterN - 1) / (kTileN * kClusterN));
+}
+
 [[noreturn]] inline void fail(const char* what, int at, int x) {
     printf("%s: %d, %d\n", what, at, x);
     exit(1);

@@ -9,7 +9,7 @@ GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.
     const bool deep = kDepth > 1;
     GemmParams p{};
     p.m = m, p.n = n, p.k = k, p.groups = 1, p.sa_by_bulk = bulk, p.sa_k = 1000;
-    set_raster(p, 2, (n + kTileN * kClusterN - 1) / (kTileN * kClusterN));
+    set_raster(p, 2);
     p.blocked = deep && k % kTileK == 0;
     p.a_box_rows = min(kTileM / (deep ? 1 : kClusterN), (m + 7) / 8 * 8);
     p.a_box_blocks = p.blocked ? kDepth / kClusterN : 1, p.b_box_blocks = p.blocked ? kDepth / kClusterM : 1;

@@ -45,7 +45,7 @@ int main() {
             if (bulk && !kBulkScales) continue;
             GemmParams p{};
             p.m = size[0], p.n = size[1], p.k = size[2], p.groups = 1, p.sa_by_bulk = bulk;
-            set_raster(p, 2, (p.n + kTileN * kClusterN - 1) / (kTileN * kClusterN));
+            set_raster(p, 2);
             p.sa = scales, p.sb = scales + (1 << 20);
             p.sa_row = bulk ? 1 : 1000, p.sa_k = bulk ? 1000 : 3, p.sb_row = 77, p.sb_k = 2;
             const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn, last = turns * kTurn, stages = last / kDepth;
