@@ -26,12 +26,11 @@ L2_POLICIES = {
 }
 TILE_MS = (32, 64, 128, 192, 256)
 TILE_NS = tuple(n for n in range(16, 193, 16) if n != 176)  # 176 could need three B scales
-SPLIT_TILE_NS = (24, 40, 56, 72, 88)  # more, where K is split: D is stored from registers then, by eight columns
 SWAPPED_TILE_MS = (8, 16, 32)
 SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
 DEPTHS = (1, 2, 4)
-SPLITS = (1, 2, 4)  # wider clusters reach fewer SMs
+SPLITS = (1, 2, 3, 4)  # wider clusters reach fewer SMs
 MIN_STAGES, MAX_STAGES = 3, 16  # of compiled_space: two could not hide a load's latency
 FEWER_BYTES_AHEAD = (64 << 10, 96 << 10)  # of B, in the stages of plans for few rows
 
@@ -108,9 +107,10 @@ class Plan(NamedTuple):
     def shared_bytes(self) -> int:
         """What native/kernels/storage.cuh takes and what is read behind it; it asserts that both agree."""
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 8) * 4) + 2 * 8
-        summed = self.tile_m * (64 * self.waves if self.swap_ab else self.tile_n)  # of a CTA
-        parts = (self.split - 1) * summed // self.split * 4 if self.split > 1 else 16 * self.consumers
-        d = (self.tile_m if self.staged else 1) * self.tile_n * 2
+        columns = self.tile_n // self.split
+        sent = 64 * self.waves // self.split if self.swap_ab else columns
+        parts = (self.split - 1) * self.tile_m * sent * 4 if self.split > 1 else 16 * self.consumers
+        d = (self.tile_m if self.staged else 1) * columns * 2
         beyond = (64 * self.waves - self.tile_n) * TILE_K if self.swap_ab else 0  # wgmma reads whole waves of B
         total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + 16 * self.consumers
         return (total + 1023) // 1024 * 1024 + beyond
@@ -118,14 +118,14 @@ class Plan(NamedTuple):
     def violations(self, kind: int, device: Device) -> Iterator[str]:
         """Every rule that the plan breaks for this kind of problem on this device, in words; none if it is legal."""
         tile_ms, tile_ns = (SWAPPED_TILE_MS, SWAPPED_TILE_NS) if self.swap_ab else (TILE_MS, TILE_NS)
-        if self.split > 1 and self.tile_m <= 128 and not self.swap_ab:
-            tile_ns += SPLIT_TILE_NS
         if self.tile_m not in tile_ms:
             yield f"tile_m {self.tile_m}, allowed are {tile_ms}"
         if self.tile_n not in tile_ns:
             yield f"tile_n {self.tile_n}, allowed are {tile_ns}"
         if self.swap_ab not in (0, 1):
             yield f"swap_ab {self.swap_ab}, allowed are 0 and 1"
+        if self.swap_ab and self.split == 3:
+            yield "split 3 of K with swap_ab: the four warps' sums cannot be shared by three"
         if self.tile_m > 128 and self.tile_n > 128:
             yield f"tile {self.tile_m} x {self.tile_n}: the FP32 sums do not fit in registers, one side must be <= 128"
         if (self.cluster_m, self.cluster_n) not in CLUSTERS:
@@ -136,10 +136,10 @@ class Plan(NamedTuple):
             yield f"split {self.split}, allowed are {SPLITS}"
         if self.split > 1 and self.cluster_m * self.cluster_n > 1:
             yield f"split {self.split} of K: allowed for CTAs that share nothing else"
-        if self.split > 2 and self.tile_m * self.tile_n > 128 * 128:
-            yield f"split {self.split} of K for a tile of {self.tile_m} x {self.tile_n}: 2 for more than 128 x 128"
         if self.split > 1 and kind != native.DENSE:
             yield f"split {self.split} of K for groups: nobody knows on the host whether their tiles are few"
+        if not self.swap_ab and self.tile_n % (8 * max(self.split, 1)):
+            yield f"split {self.split} of K: tile_n {self.tile_n} must be a multiple of {8 * self.split} then"
         if self.depth not in DEPTHS:
             yield f"depth {self.depth}, allowed are {DEPTHS}"
         if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 128):
@@ -225,7 +225,7 @@ def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
     """
     plans = []
     sharing = [(*cluster, 1) for cluster in CLUSTERS] + [(1, 1, split) for split in SPLITS if split > 1]
-    tiles = [(*tile, 0) for tile in itertools.product(TILE_MS, TILE_NS + SPLIT_TILE_NS)]
+    tiles = [(*tile, 0) for tile in itertools.product(TILE_MS, TILE_NS)]
     tiles += [(*tile, 1) for tile in itertools.product(SWAPPED_TILE_MS, SWAPPED_TILE_NS)]
     for (tile_m, tile_n, swap), (cluster_m, cluster_n, split), depth in itertools.product(tiles, sharing, DEPTHS):
         most = Plan(tile_m, tile_n, MAX_STAGES, cluster_m, cluster_n, depth, split, swap, device.sms)

@@ -50,10 +50,8 @@ def test_legal_plan() -> None:
         ({"cluster_m": 1, "cluster_n": 4}, ["cluster 1 x 4, allowed"]),
         ({"stages": 1}, ["1 stages, allowed are 2 to 16"]),
         ({"stages": 17, "tile_m": 64, "tile_n": 16}, ["17 stages, allowed are 2 to 16"]),
-        ({"split": 5, "cluster_n": 1, "tile_n": 80, "stages": 3}, ["split 5, allowed are (1, 2, 4)"]),
-        ({"tile_m": 256, "tile_n": 72, "cluster_n": 1, "split": 2, "stages": 2}, ["tile_n 72, allowed"]),
-        ({"tile_n": 144, "cluster_n": 1, "split": 4, "stages": 2}, ["split 4 of K for a tile of 128 x 144"]),
-        ({"split": 3, "cluster_n": 1, "stages": 3}, ["split 3, allowed are (1, 2, 4)"]),
+        ({"split": 5, "cluster_n": 1, "tile_n": 80, "stages": 3}, ["split 5, allowed are (1, 2, 3, 4)"]),
+        ({"split": 3, "cluster_n": 1, "stages": 3}, ["split 3 of K", "tile_n 128 must be a multiple of 24"]),
         ({"split": 2, "stages": 2}, ["split 2 of K", "share nothing else"]),
         ({"depth": 3, "stages": 2, "tile_n": 64}, ["depth 3, allowed are (1, 2, 4)"]),
         ({"depth": 2, "stages": 2, "tile_n": 144}, ["depth 2 for a tile of 128 x 144, allowed up to 128 x 128"]),
@@ -64,6 +62,7 @@ def test_legal_plan() -> None:
         (SWAPPED | {"tile_m": 64}, ["tile_m 64, allowed are (8, 16, 32)"]),
         (SWAPPED | {"swap_ab": 2}, ["swap_ab 2, allowed are 0 and 1"]),
         (SWAPPED | {"tile_n": 80}, ["tile_n 80, allowed are (32, 48, 56, 64, 96, 128)"]),
+        (SWAPPED | {"split": 3}, ["split 3 of K with swap_ab"]),
         ({"b_policy": "evict_never"}, ["b_policy 'evict_never', allowed are", "evict_first"]),
     ],
     ids=repr,
@@ -93,7 +92,7 @@ def test_violations_of_groups(kind: int) -> None:
 
 def test_every_violation_is_told() -> None:
     broken = Plan(100, 100, 100, 3, 3, 3, 5, 0, 1000, -1, "x")
-    assert len(list(broken.violations(native.DENSE, H100))) == 11
+    assert len(list(broken.violations(native.DENSE, H100))) == 12
 
 
 @each_device
@@ -113,7 +112,7 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
     swapped = {(legal.tile_m, legal.tile_n) for legal in space if legal.swap_ab}
     all_swapped = set(itertools.product(plan.SWAPPED_TILE_MS, plan.SWAPPED_TILE_NS))
     assert swapped == (set() if kind == native.CONTIGUOUS else all_swapped)
-    assert {tile_n for _, tile_n in tiles} == {*plan.TILE_NS, *(plan.SPLIT_TILE_NS if kind == native.DENSE else ())}
+    assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS)
     tile_ms = {tile_m for tile_m in plan.TILE_MS if tile_m <= (128 if kind == native.CONTIGUOUS else 256)}
     tile_ms -= {192} if kind != native.DENSE else set()
     assert {tile_m for tile_m, _ in tiles} == tile_ms - ({256} if gpu.shared_bytes < H100.shared_bytes else set())

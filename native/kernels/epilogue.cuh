@@ -21,32 +21,42 @@ __device__ void open_exchange(SharedStorage& s, int consumer, u32 round) {
     }
 }
 
-// The CTAs of a cluster that share a tile's K: each gets the others' sums of some threads, that is of some rows of a
-// wave, and adds up all of them in the order of K. Whether this thread's are among them. Once a CTA has its peers' sums
-// of the last tile, nobody needs it any more: it may end.
-__device__ bool exchange_parts(SharedStorage& s, float* sum, int consumer, u32& round) {
-    const int rank = cluster_rank(), thread = threadIdx.x % 128, owner = thread / kOwned;
+// The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
+// order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
+__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
+    constexpr int kRegisters = kColumns / 2;
+    const int rank = cluster_rank(), thread = threadIdx.x % 128;
     u64* full = &s.parts_full[consumer];
     open_exchange(s, consumer, round);
-    if (owner != rank && thread < kHolders) {
-        const u32 part = remote_address(&s.parts[rank - (rank > owner)][consumer][thread % kOwned], owner);
-        const u32 there = remote_address(full, owner);
 #pragma unroll
-        for (int i = 0; i < kSums; i += 4) store_async_remote(part + i / 4 * kOwned * sizeof(float4), sum + i, there);
+    for (int to = 0; to < kSplit; ++to) {
+        if (to == rank || thread >= kPartThreads) continue;
+        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to);
+        const u32 there = remote_address(full, to);
+#pragma unroll
+        for (int i = 0; i < kWaves * kRegisters; i += 4)
+            store_async_remote(part + i / 4 * kPartThreads * sizeof(float4),
+                               &sum[i / kRegisters][to * kRegisters + i % kRegisters], there);
     }
     barrier_wait(full, round++ % 2);
-    if (owner != rank) return false;
 #pragma unroll
-    for (int i = 0; i < kSums; i += 4) {
-        float4 total;
-        for (int from = 0; from < kSplit; ++from) {
-            float4 v = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-            if (from != rank) v = s.parts[from - (from > rank)][consumer][i / 4 * kOwned + thread % kOwned];
-            total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+    for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
+        if (at != rank) continue;
+#pragma unroll
+        for (int i = 0; i < kWaves * kRegisters; i += 4) {
+            float* const out = &sum[i / kRegisters][i % kRegisters];
+            const float* const own = out + at * kRegisters;
+            float4 total;
+#pragma unroll
+            for (int from = 0; from < kSplit; ++from) {
+                float4 v = make_float4(own[0], own[1], own[2], own[3]);
+                if (from != at)
+                    v = s.parts[from - (from > at)][consumer][i / 4 * kPartThreads + thread % kPartThreads];
+                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+            }
+            out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
         }
-        sum[i] = total.x, sum[i + 1] = total.y, sum[i + 2] = total.z, sum[i + 3] = total.w;
     }
-    return true;
 }
 
 // Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of kPanel columns.
@@ -59,7 +69,7 @@ __device__ u32 panel_offset(int row, int column) {
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
     const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32, row = first + warp * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < kTileN / 16; ++j) {    // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
+    for (int j = 0; j < kColumns / 16; ++j) {    // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
         const float* v = &sum[j * 8];
         store_matrix_x4(shared_address(panels[panel]) + panel_offset(row, column), pack_bf16(v[0], v[1]),
@@ -76,13 +86,13 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
         const int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows) break;
         u16* to = d + row * p.d_row + lane % 4 * 2;
-        if (pairs && columns >= kTileN) {
+        if (pairs && columns >= kColumns) {
 #pragma unroll
-            for (int j = 0; j < kTileN / 8; ++j)
+            for (int j = 0; j < kColumns / 8; ++j)
                 *reinterpret_cast<u32*>(to + j * 8) = pack_bf16(sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]);
         } else {
 #pragma unroll
-            for (int i = 0; i < kTileN / 4; ++i)
+            for (int i = 0; i < kColumns / 4; ++i)
                 if (i / 2 * 8 + lane % 4 * 2 + i % 2 < columns)
                     to[i / 2 * 8 + i % 2] = static_cast<u16>(pack_bf16(sum[i / 2 * 4 + half * 2 + i % 2], 0));
         }

@@ -282,9 +282,13 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             landed = barrier_test(&ring.stage(s).full, ring.phase);
             promote(kItems - 1);
         }
+        if constexpr (kSplit > 1) {
+            exchange_parts(s, sum, consumer, rounds);
+            tile.column += cluster_rank() * kColumns;
+        }
+
         const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
-        const bool ours = kSplit == 1 || exchange_parts(s, sum[0], consumer, rounds);
-        const int rows = ours ? tile.rows - first_row : 0, row = tile.row + first_row;
+        const int rows = tile.rows - first_row, row = tile.row + first_row;
         // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
         if (kStaged && p.d_by_tma && (rows >= kWaves * 64 || kKind == kDense)) {
             if (leader) tma_store_wait_read();                   // the last tile's store has left the buffer
@@ -309,8 +313,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
-extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
-fp8gemm_gemm(const __grid_constant__ GemmParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __grid_constant__ GemmParams p) {
     extern __shared__ __align__(1024) u8 shared[];
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;

@@ -51,22 +51,22 @@ constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a bl
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
 constexpr int kSegments = kTileN / kSegment;
-constexpr int kSums = kWaves * (kSwapAB ? kTileM : kTileN) / 2;  // of a thread
-constexpr int kHolders = !kSwapAB && kTileM < 64 ? kTileM * 2 : 128;     // threads of a consumer that hold rows of the tile
-constexpr int kOwned = kHolders / kSplit;                        // of these, that a CTA adds up and stores
-constexpr int kPanel = greatest_common_divisor(kTileN, 64);      // columns of D stored together, swizzled
-constexpr int kPanels = kTileN / kPanel;
+constexpr int kColumns = kTileN / kSplit;                        // of the tile, that a CTA stores
+constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
+constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
+                              : kPartThreads * kColumns / 8;
+constexpr int kPanel = greatest_common_divisor(kColumns, 64);    // of these, stored together, swizzled
+constexpr int kPanels = kColumns / kPanel;
 constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
 constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 
 static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
-static_assert(kTileN <= 192 && kTileN - 128 <= kSegment, "at most two B scales a tile");
-static_assert(kTileN % (kStaged ? 16 : 8) == 0, "eight columns of wgmma are stored together, two of these staged");
+static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
-static_assert(kHolders % kSplit == 0 && kSums % 4 == 0, "what the CTAs of a split exchange");
-static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1), "see swapped.cuh");
+static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3), "see swapped.cuh");
 static_assert(!kSwapAB || kKind != kContiguous, "a tile of a few rows would count more of its segment");
+static_assert(kSwapAB || (kColumns % 8 == 0 && kColumns * kSplit == kTileN), "a CTA stores whole registers of wgmma");
 static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "deep stages come by whole blocks");
 static_assert(!kBulkScales || kScalesAhead, "beside bulk copies, warps that copy scales wait for the first load");
 static_assert(kSwapAB || kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");

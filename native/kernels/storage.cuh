@@ -16,7 +16,7 @@ struct alignas(1024) Stage {
 struct SharedStorage {
     Stage stages[kStages];
     u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
-    float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kSums / 4 * kOwned : 1];  // the peers' sums
+    float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
     u64 parts_full[kConsumers], parts_empty[kConsumers];
 };
 // With operands swapped, wgmma reads whole waves of B, and so behind the last stage's last tile.

@@ -14,7 +14,34 @@
 namespace fp8gemm {
 
 constexpr int kTokens = kSwapAB ? kTileM : 8;                    // of a tile; in other plans nobody calls what is here
-constexpr int kSwappedSums = kWaves * kTokens / 2;               // of a thread
+constexpr int kSwappedRegisters = kWaves * kTokens / 2;          // of a thread's sums
+
+// The CTAs that share a tile's K: each adds up the sums of some warps' rows of B, in the order of K.
+__device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegisters], u32& round) {
+    constexpr int kThreadsEach = 128 / kSplit;
+    const int rank = cluster_rank(), thread = threadIdx.x % 128, owner = thread / kThreadsEach;
+    open_exchange(s, 0, round);
+    if (owner != rank) {
+        const u32 part = remote_address(&s.parts[rank - (rank > owner)][0][thread % kThreadsEach], owner);
+        const u32 there = remote_address(&s.parts_full[0], owner);
+#pragma unroll
+        for (int i = 0; i < kSwappedRegisters; i += 4)
+            store_async_remote(part + i / 4 * kThreadsEach * sizeof(float4), &sum[i], there);
+    }
+    barrier_wait(&s.parts_full[0], round++ % 2);
+    if (owner != rank) return false;
+#pragma unroll
+    for (int i = 0; i < kSwappedRegisters; i += 4) {
+        float4 total;
+        for (int from = 0; from < kSplit; ++from) {
+            float4 v = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            if (from != rank) v = s.parts[from - (from > rank)][0][i / 4 * kThreadsEach + thread % kThreadsEach];
+            total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+        }
+        sum[i] = total.x, sum[i + 1] = total.y, sum[i + 2] = total.z, sum[i + 3] = total.w;
+    }
+    return true;
+}
 
 // A wave's sums to D. d points to the tile's first token and the wave's first row of B; `columns` of those are its own.
 __device__ void store_swapped(const GemmParams& p, const float* sum, u16* d, int tokens, int columns) {
@@ -48,7 +75,7 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
-        float sum[kSwappedSums] = {};
+        float sum[kSwappedRegisters] = {};
         const int b_split = 128 - tile.column % 128 - row;       // rows of B from this thread's to the second scale
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
@@ -78,18 +105,19 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
 #pragma unroll
             for (int j = 0; j < kDepth; ++j)
 #pragma unroll
-                for (int i = 0; i < kSwappedSums; ++i) {
+                for (int i = 0; i < kSwappedRegisters; ++i) {
                     const int w = i / (kTokens / 2), r = i % (kTokens / 2);
                     sum[i] += scale_a[j][r / 4 * 2 + r % 2] *
                               (w * 64 + r / 2 % 2 * 8 < b_split ? scale_b[j][0] : scale_b[j][1]) * partial[j][w][r];
                 }
         }
-        const bool ours = kSplit == 1 || exchange_parts(s, sum, 0, rounds);
-        const int tokens = ours ? min(tile.rows, kTokens) : 0;
+        if constexpr (kSplit > 1)                                // the vote: see multiply()
+            if (!__any_sync(0xffffffff, exchange_swapped(s, sum, rounds))) continue;
         u16* d = p.d_data + (kKind == kMasked ? tile.group * p.d_group : 0) + tile.row * p.d_row + tile.column;
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
-            store_swapped(p, sum + w * (kTokens / 2), d + w * 64, tokens, min(p.n - tile.column, kTileN) - w * 64);
+            store_swapped(p, sum + w * (kTokens / 2), d + w * 64, min(tile.rows, kTokens),
+                          min(p.n - tile.column, kTileN) - w * 64);
     }
 }
 

@@ -12,7 +12,6 @@
 #define __shared__
 #define __align__(bytes)
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 #define PTX inline
 
 struct Index { int x; };
