@@ -313,7 +313,8 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
-extern "C" __global__ void __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __grid_constant__ GemmParams p) {
+extern "C" __global__ void CLUSTER_OF_SPLIT __launch_bounds__(kThreads, 1)
+fp8gemm_gemm(const __grid_constant__ GemmParams p) {
     extern __shared__ __align__(1024) u8 shared[];
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;

@@ -12,6 +12,7 @@
 #define __shared__
 #define __align__(bytes)
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define PTX inline
 
 struct Index { int x; };
