@@ -55,8 +55,7 @@ __device__ void load_box(void* to, const TensorMap& map, bool blocked, int block
     else tma_load(to, map, x, row, z, group, full, policy);
 }
 
-// In a cluster each CTA loads half of the operand that both need (half its rows; in a deep stage, half its blocks) for
-// both.
+// In a cluster each CTA loads for both half of the operand that both need: of its rows or, in a deep stage, of its blocks.
 __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     constexpr u64 kEvictNormal = 0x1000000000000000;
     constexpr bool kShareA = kClusterN > 1, kShareB = kClusterM > 1, kDeep = kDepth > 1;
@@ -147,17 +146,19 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
     if (first) wait_for_first_load();
 }
 
-// Where A's scales don't suit bulk copies, every scale comes by a four-byte copy, so that no layout needs a transposing
-// pass. The loop over K does what it must and no more: its warps take the consumers' time to issue.
+// Where A's scales don't suit bulk copies, every scale comes by a four-byte copy: no layout needs a transposing pass. The
+// loop over K does what it must and no more: its warps take the consumers' time to issue.
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     constexpr int kOfA = kDepth * kTileM, kCopies = (kOfA + 2 * kDepth + kScaleThreads - 1) / kScaleThreads;    // of a stage
     const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
+    const bool across = p.sa_k < p.sa_row;                       // row-major: neighbours copy blocks of one row
     bool first = true, of_b[kCopies];                            // A's first, then B's
     int block[kCopies], row[kCopies];                            // this thread's copies: scale `row` of a block of a stage
     u32 to[kCopies];                                             // where in a stage; 0: nowhere
     for (int c = 0; c < kCopies; ++c) {
         const int copy = thread + c * kScaleThreads, b = copy - kOfA;
-        of_b[c] = b >= 0, block[c] = of_b[c] ? b / 2 : copy / kTileM, row[c] = of_b[c] ? b % 2 : copy % kTileM;
+        of_b[c] = b >= 0, block[c] = of_b[c] ? b / 2 : across ? copy % kDepth : copy / kTileM;
+        row[c] = of_b[c] ? b % 2 : across ? copy / kDepth : copy % kTileM;
         const u32 slot = block[c] * kScaleSlots + row[c] + (of_b[c] ? kScalesOfB : 0);
         to[c] = keep(block[c] < kDepth ? sizeof(Stage::a) + sizeof(Stage::b) + slot * sizeof(float) : 0);
     }
@@ -313,8 +314,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
-extern "C" __global__ void CLUSTER_OF_SPLIT __launch_bounds__(kThreads, 1)
-fp8gemm_gemm(const __grid_constant__ GemmParams p) {
+extern "C" __global__ void SPLIT_CLUSTER __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __grid_constant__ GemmParams p) {
     extern __shared__ __align__(1024) u8 shared[];
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;

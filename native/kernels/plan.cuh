@@ -17,9 +17,9 @@
 // Where the compiler knows the size of a cluster, its CTAs need not read it: 0.7% of a split's time at few rows. Clusters that
 // share operands are up to 1% slower so.
 #if SPLIT > 1
-#define CLUSTER_OF_SPLIT __cluster_dims__(SPLIT, 1, 1)
+#define SPLIT_CLUSTER __cluster_dims__(SPLIT, 1, 1)
 #else
-#define CLUSTER_OF_SPLIT
+#define SPLIT_CLUSTER
 #endif
 
 namespace fp8gemm {

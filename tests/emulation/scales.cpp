@@ -41,13 +41,14 @@ int main() {
     static float scales[1];
     const int sizes[][3] = {{1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 2 * kTileN + 24, 1040}, {5, 300, 2176}};
     for (const auto& size : sizes)
-        for (int bulk = 0; bulk < 2; ++bulk) {
+        for (int layout = 0; layout < 3; ++layout) {             // row-major, column-major in bulk, column-major by copies
+            const bool bulk = layout == 1;
             if (bulk && !kBulkScales) continue;
             GemmParams p{};
             p.m = size[0], p.n = size[1], p.k = size[2], p.groups = 1, p.sa_by_bulk = bulk;
             set_raster(p, 2);
             p.sa = scales, p.sb = scales + (1 << 20);
-            p.sa_row = bulk ? 1 : 1000, p.sa_k = bulk ? 1000 : 3, p.sb_row = 77, p.sb_k = 2;
+            p.sa_row = layout ? 1 : 1000, p.sa_k = layout ? 1000 : 3, p.sb_row = 77, p.sb_k = 2;
             const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn, last = turns * kTurn, stages = last / kDepth;
             gridDim.x = 2 * kCluster;
             for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += kCluster) {
