@@ -73,7 +73,7 @@ CREATE TABLE measurements (
     plan TEXT NOT NULL,
     is_default INTEGER NOT NULL,
     predicted REAL,                 -- by the cost model, in units of its own
-    seconds REAL,                   -- median; NULL if it was not timed
+    seconds REAL,                   -- mean of the middle half; NULL if it was not timed
     spread REAL,
     clock_hz REAL,                  -- of the SMs, during the last round; NULL where nobody tells
     rounds INTEGER NOT NULL,

@@ -6,7 +6,7 @@ and, on the problems where it was tried, wins nothing beyond noise.
 
 from collections.abc import Iterable, Iterator
 
-from fp8gemm import cost, planner
+from fp8gemm import cost, native, planner
 from fp8gemm.backends import CpuPlan
 from fp8gemm.device import Device
 from fp8gemm.plan import Plan, compiled_space
@@ -75,7 +75,10 @@ def launches(plan: AnyPlan, task: Task) -> list[AnyPlan]:
 
 
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
-    """The third stage: fewer SMs. With tiles to spare the last wave may not need them all; memory needs fewer still."""
+    """The third stage: fewer SMs. With tiles to spare the last wave may not need them all; memory needs fewer still.
+
+    Where all tiles are one wave, any number of SMs between its CTAs and all is the same launch, and is not tried twice.
+    """
     most = task.num_sms
     if not isinstance(plan, Plan):
         return [plan._replace(threads=n) for n in sorted({most // 2, most - 1, most * 3 // 4}) if 1 <= n < most]
@@ -86,5 +89,6 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
         waves = -(-tiles // clusters)
         counts.add(-(-tiles // waves) * plan.cluster)  # as many waves, all but the last full
     usable = {n // plan.cluster * plan.cluster for n in counts}
-    found = [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most]
+    ctas = tiles * plan.cluster if task.problem.kind == native.DENSE else most
+    found = [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most and n <= ctas]
     return [fewer for fewer in found if cost.may_split(task.problem, fewer)]

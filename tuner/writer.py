@@ -38,8 +38,8 @@ class Measurement(NamedTuple):
     plan: AnyPlan
     is_default: bool
     predicted: float | None  # by the cost model, in units of its own
-    seconds: float | None  # median; None: not timed
-    spread: float | None  # standard error of the median
+    seconds: float | None  # mean of the middle half; None: not timed
+    spread: float | None  # its standard error
     clock_hz: float | None
     rounds: int
     error: float | None  # over that of rounding to bf16 alone
