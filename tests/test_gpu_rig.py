@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import bench_kernels
 import pytest
 import stub
 
-from fp8gemm import native, store
+from fp8gemm import compiler, native, store
 from fp8gemm.errors import BackendUnavailable
-from fp8gemm.plan import Plan
+from fp8gemm.plan import Kernel, Plan
 from fp8gemm.problem import Problem
 from fp8gemm.tuner import gpu, presets, space, tune
 from fp8gemm.tuner.gpu import GpuTarget
@@ -180,3 +182,22 @@ def test_without_nvml_nobody_knows_whether_it_is_idle() -> None:
     with pytest.raises(BackendUnavailable, match="--share"):
         device.is_idle()
     device.close()
+
+
+@on_stub
+def test_other_kernels_are_timed_beside_these() -> None:
+    """`tests/bench_kernels.py`: macros reach the other kernels and none of these."""
+    target().close()
+    built: list[Kernel] = []
+    make = compiler.cubin
+
+    def cubin(kernel: Kernel, may_build: bool = True) -> bytes:
+        built.append(kernel)
+        return make(kernel, may_build)
+
+    kernels, shapes = str(HERE.parent / "native" / "kernels"), "64x576x1024,4096x512x512"
+    with mock.patch.object(compiler, "cubin", cubin):
+        bench_kernels.main([kernels, "--shape", shapes, "--plans", "2", "--rounds", "5", "--define", "OTHER=3"])
+    gemms = {kernel for kernel in built if kernel.function == "fp8gemm_gemm"}
+    others = {kernel for kernel in gemms if ("OTHER", 3) in kernel.macros}
+    assert len(gemms) == 2 * len(others) == 8
