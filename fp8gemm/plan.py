@@ -150,7 +150,9 @@ class Plan(NamedTuple):
             yield f"{self.shared_bytes} bytes of shared memory, {device.name} has {device.shared_bytes} for a CTA"
         if kind == native.CONTIGUOUS and self.swap_ab:
             yield "swap_ab for contiguous groups: their segments are 128 rows at least"
-        if kind != native.DENSE and self.consumers > 2:
+        if kind == native.CONTIGUOUS and self.tile_m > 128:
+            yield f"tile_m {self.tile_m} for contiguous groups: their segments are aligned to 128 rows only"
+        if kind in (native.RAGGED, native.MASKED) and self.consumers > 2:
             yield f"tile_m {self.tile_m} for groups: three consumers have no registers to look for them"
         if not self.cluster <= self.num_sms <= device.sms:
             yield f"num_sms {self.num_sms}, allowed are {self.cluster} (the cluster) to {device.sms}"

@@ -81,10 +81,13 @@ def test_violations(changes: dict[str, Any], words: list[str]) -> None:
 @each_kind
 def test_violations_of_groups(kind: int) -> None:
     tall, three = GOOD._replace(tile_m=256, stages=3), GOOD._replace(tile_m=192, stages=3)
-    assert not list(tall.violations(kind, H100))
-    found = list(three.violations(kind, H100))
-    assert len(found) == (kind != native.DENSE)
-    assert all("tile_m 192 for groups" in text for text in found)
+    for broken, word, kinds in (
+        (tall, "aligned to 128 rows only", [native.CONTIGUOUS]),
+        (three, "tile_m 192", [native.CONTIGUOUS, native.RAGGED, native.MASKED]),
+    ):
+        found = list(broken.violations(kind, H100))
+        assert len(found) == (kind in kinds)
+        assert all(word in text for text in found)
 
 
 def test_every_violation_is_told() -> None:
@@ -110,7 +113,8 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
     all_swapped = set(itertools.product(plan.SWAPPED_TILE_MS, plan.SWAPPED_TILE_NS))
     assert swapped == (set() if kind == native.CONTIGUOUS else all_swapped)
     assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS)
-    tile_ms = set(plan.TILE_MS) - ({192} if kind != native.DENSE else set())
+    tile_ms = {tile_m for tile_m in plan.TILE_MS if tile_m <= (128 if kind == native.CONTIGUOUS else 256)}
+    tile_ms -= {192} if kind != native.DENSE else set()
     assert {tile_m for tile_m, _ in tiles} == tile_ms - ({256} if gpu.shared_bytes < H100.shared_bytes else set())
 
 
@@ -285,68 +289,54 @@ def walk(case: Case, block: int) -> Iterator[Tile]:
     tile_m, tile_n, cluster_m, cluster_n = case.tile
     cluster, height = cluster_m * cluster_n, tile_m * cluster_m
     columns, rank = ceil_div(case.n, tile_n * cluster_n), block % cluster
-    row_tiles = list(tiles_along_m(case))
-    rows = case.m if case.kind == native.DENSE else len(row_tiles) * tile_m
+    searches = case.kind in (native.RAGGED, native.MASKED)
+    row_tiles = list(tiles_along_m(case)) if searches else []
+    rows = len(row_tiles) * tile_m if searches else case.m
     for index in range(block // cluster, ceil_div(rows, height) * columns, case.grid // cluster):
         band = index // (case.raster * columns)
         band_rows = min(case.raster, ceil_div(rows, height) - band * case.raster)
         in_band = index - band * case.raster * columns
         m = (band * case.raster + in_band % band_rows) * cluster_m + (rank if cluster_m > 1 else 0)
         n = in_band // band_rows * cluster_n + (rank if cluster_n > 1 else 0)
-        if case.kind == native.DENSE:
-            yield Tile(0, m * tile_m, n * tile_n, rows - m * tile_m)
-        else:
+        tile = Tile(0, m * tile_m, n * tile_n, rows - m * tile_m)
+        if searches:
             own, other = (row_tiles[min(t, len(row_tiles) - 1)] for t in (m, m ^ 1))
             missing = m >= len(row_tiles)
-            alone = int(cluster_m > 1 and own.segment != other.segment)
-            yield Tile(own.group, own.row, n * tile_n, 0 if missing else own.rows, alone)
+            alone = int(cluster_m > 1 and own[0] != other[0])
+            yield tile._replace(group=own[0], row=own[1], rows=0 if missing else own[2], alone=alone)
+        elif case.kind == native.DENSE:
+            yield tile
+        elif (found := find_segment(case, tile, rank)) is not None:
+            yield found
 
 
-class RowTile(NamedTuple):
-    """A tile along M. `rows`: left of its piece; `segment`: which run of rows of one group."""
-
-    group: int
-    row: int
-    rows: int
-    segment: int
-
-
-def tiles_along_m(case: Case) -> Iterator[RowTile]:
-    """Of all groups, or of all blocks of contiguous segments."""
-    if case.kind == native.CONTIGUOUS:
-        yield from tiles_of_segments(case)
-    for group in range(case.groups if case.kind in (native.RAGGED, native.MASKED) else 0):
+def tiles_along_m(case: Case) -> Iterator[tuple[int, int, int]]:
+    """Ragged and masked: group, first row and rows that are left of it, of each tile along M."""
+    for group in range(case.groups):
         start = clamp(case.layout[group - 1], case.m) if case.kind == native.RAGGED and group else 0
         rows = max(clamp(case.layout[group], case.m) - start, 0)
         for row in range(0, rows, case.tile[0]):
-            yield RowTile(group, start + row, rows - row, group)
+            yield group, start + row, rows - row
 
 
-def tiles_of_segments(case: Case) -> Iterator[RowTile]:
-    """Contiguous: a block is 128 rows of the group that its first row names. A tile of 256 rows may cover two."""
+def find_segment(case: Case, tile: Tile, rank: int) -> Tile | None:
+    """Contiguous: the group of a tile and its rows; None if neither CTA of the cluster has work."""
+    tile_m, _, cluster_m, _ = case.tile
 
-    def group_at(row: int) -> int:
-        group = case.layout[row] if 0 <= row < case.m else -1
-        return group if 0 <= group < case.groups else -1
+    def group_of(row: int) -> int:
+        group = case.layout[row] if row < case.m else -1
+        return group if group < case.groups else -1
 
-    def rows_of(row: int, group: int) -> int:
-        """By quarters, then halving: the same as counting one by one, unless the layout is nonsense."""
-        rows = 32 * sum(group_at(row + end - 1) == group for end in (32, 64, 96, 128))
-        for step in (16, 8, 4, 2, 1) if rows < 128 else ():
-            rows += step * (group_at(row + rows + step - 1) == group)
-        return rows
-
-    segment, covered = 0, 0
-    for row in range(0, case.m, 128):
-        group = group_at(row)
-        segment += group != group_at(row - 128)
-        if row < covered or group < 0:
-            continue
-        two = case.tile[0] > 128 and row % 256 == 0 and group == group_at(row + 127) == group_at(row + 128)
-        rows = 128 + rows_of(row + 128, group) if two else rows_of(row, group)
-        covered = row + 256 if two else row
-        for first in range(0, rows, case.tile[0]):
-            yield RowTile(group, row + first, rows - first, segment)
+    group, alone = group_of(tile.row), 0
+    if cluster_m > 1:
+        other = group_of(tile.row - tile_m if rank else tile.row + tile_m)
+        alone = int(group >= 0 and other >= 0 and group != other)
+        if group < 0 <= other:
+            return tile._replace(group=other, rows=0)
+    if group < 0:
+        return None
+    rows = case.layout[tile.row : tile.row + min(max(tile.rows, 0), tile_m)].count(group)
+    return tile._replace(group=group, rows=rows, alone=alone)
 
 
 PTX = """
@@ -384,7 +374,6 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 using u32 = unsigned;
 using u64 = unsigned long long;
-inline void prefetch_line(const void*) {}
 inline int cluster_rank() { return blockIdx.x % (CLUSTER_M * CLUSTER_N); }
 """
 HARNESS = """
@@ -448,8 +437,6 @@ SCHEDULERS = [
     (native.CONTIGUOUS, (128, 160, 1, 2)),
     (native.CONTIGUOUS, (128, 112, 2, 1)),
     (native.CONTIGUOUS, (64, 32, 2, 1)),
-    (native.CONTIGUOUS, (256, 64, 1, 1)),
-    (native.CONTIGUOUS, (256, 128, 2, 1)),
     (native.RAGGED, (64, 16, 1, 1)),
     (native.RAGGED, (128, 192, 2, 1)),
     (native.RAGGED, (256, 128, 1, 2)),

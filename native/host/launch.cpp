@@ -171,14 +171,14 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     const Box d{panel, plan->tile_m / consumers, true, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
     if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
     const int columns = ceil_div(p->n, plan->tile_n * plan->cluster_n), rows = ceil_div(p->m, plan->tile_m * plan->cluster_m);
-    const bool dense = p->kind == FP8GEMM_DENSE;                 // else the rows of tiles are not known here
-    set_raster(params, dense ? std::min(plan->raster, rows) : plan->raster, columns);
+    const bool searches = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED;      // for groups: rows are not known here
+    set_raster(params, searches ? plan->raster : std::min(plan->raster, rows), columns);
     const int cluster = plan->cluster_m * plan->cluster_n * plan->split;
     const int shared = std::max(plan->shared_bytes, kLeastShared);
     int clusters = plan->num_sms / cluster, resident = clusters;
     if (cluster > 2) FP8GEMM_TRY(resident_clusters(*cu, *kernel, plan->threads, shared, cluster, &resident));
     clusters = std::min(clusters, resident);
-    if (dense)                                   // more would find no tile
+    if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
     const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);

@@ -78,6 +78,7 @@ static_assert(kSwapAB || (kColumns % 8 == 0 && kColumns * kSplit == kTileN), "a 
 static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "deep stages come by whole blocks");
 static_assert(!kBulkScales || kScalesAhead, "beside bulk copies, warps that copy scales wait for the first load");
 static_assert(kSwapAB || kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");
+static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
 static_assert(kKind == kDense || kConsumers <= 2, "three consumers have no registers to look for groups");
 
 }  // namespace fp8gemm

@@ -141,7 +141,6 @@ PTX void copy_async_arrive(u64* barrier) {                       // arrives when
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
 
-PTX void prefetch_line(const void* from) { asm volatile("prefetch.global.L1 [%0];" :: "l"(from)); }     // 128 bytes
 PTX float load_float(const float* from, bool valid) {            // from global memory; 0 if not valid
     float v = 0;
     if (valid) asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));

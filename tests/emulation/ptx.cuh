@@ -57,7 +57,6 @@ inline u32 rank_in_cluster;
 struct Copy { const void *to, *from; bool valid; };              // of four bytes; to null: the end of a turn
 inline std::vector<Copy> copies;
 
-inline void prefetch_line(const void*) {}
 inline std::vector<const float*> loads;                          // load_float returns which one it was, from 1 on
 inline std::vector<u32> arrivals;                                // at barriers, by their offset from the first stage's
 
