@@ -1,7 +1,7 @@
 """The benchmark: quantise, multiply, check and time DeepSeek-V3's weights, beside what a user would otherwise call."""
 
 import functools
-import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -85,7 +85,7 @@ class Result(NamedTuple):
         """For each peer its time over ours: the geometric mean over the cases that it ran."""
         names = dict.fromkeys(name for case in self.cases for name in case.peers)
         ratios = {name: [c.peers[name] / c.seconds for c in self.cases if name in c.peers] for name in names}
-        return {name: math.exp(sum(map(math.log, values)) / len(values)) for name, values in ratios.items()}
+        return {name: statistics.geometric_mean(values) for name, values in ratios.items()}
 
 
 def run(

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,11 @@ class Compiler(NamedTuple):
 @functools.cache
 def sources() -> dict[str, str]:
     """Every file of native/kernels, by name."""
-    folder = resources.files("fp8gemm.kernels")
+    return sources_in(resources.files("fp8gemm.kernels"))
+
+
+def sources_in(folder: Traversable) -> dict[str, str]:
+    """Every CUDA source of a folder, by name."""
     names = (entry.name for entry in folder.iterdir())
     return {name: folder.joinpath(name).read_text() for name in sorted(names) if name.endswith((".cu", ".cuh", ".h"))}
 

@@ -1,7 +1,7 @@
 """How the tuner's commands show what they do and found."""
 
 import contextlib
-import math
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -122,7 +122,7 @@ def behind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     for name, pairs in times.items():
         ratios = [seconds / least for seconds, least in pairs if seconds and least]
         if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            mean = statistics.geometric_mean(ratios)
             found[name] = {"problems": len(ratios), "geometric_mean": mean, "worst": max(ratios)}
     return found
 

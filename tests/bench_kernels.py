@@ -7,8 +7,10 @@ version, which may be a copy of these with an `#ifdef`.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,7 @@ from fp8gemm import backends, compiler, native, planner
 from fp8gemm.accuracy import TOLERANCE
 from fp8gemm.plan import Kernel, Plan
 from fp8gemm.tuner import measure, presets, space
-from fp8gemm.tuner.gpu import LOADS, GpuRig, GpuTarget
+from fp8gemm.tuner.gpu import LOADS, GpuTarget
 
 SHAPES = (
     "1x4096x7168,16x2112x7168,64x4096x7168,128x576x7168,256x2112x7168,1024x7168x2048,4096x24576x1536,4096x4096x7168"
@@ -50,10 +52,6 @@ class Version(NamedTuple):
         return [native.Entry(key=key, kernel=handle.value, plan=plan.native()) for handle in handles]
 
 
-def sources(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.suffix in (".cu", ".cuh", ".h")}
-
-
 def timings(rig: Any, versions: Sequence[Version], plans: Sequence[Plan], rounds: int) -> list[list[measure.Timing]]:
     """For each plan the timing of each version; all take turns. `rig`: a GpuRig, whose tables take any key."""
     pairs = list(itertools.product(plans, range(len(versions))))
@@ -73,14 +71,15 @@ def ratios(target: GpuTarget, versions: Sequence[Version], shape: str, count: in
     plans = [plan for plan in some if isinstance(plan, Plan)]
     for version in versions:
         version.build(plans)
-    rig, found = GpuRig(target, task), []
+    with contextlib.closing(target.rig(task)) as rig:
+        timed = timings(rig, versions, plans, rounds)
     print(f"{task.name}, microseconds: these, the others, their ratio")
-    for plan, (these, others) in zip(plans, timings(rig, versions, plans, rounds), strict=True):
+    found = []
+    for plan, (these, others) in zip(plans, timed, strict=True):
         found.append(others.seconds / these.seconds)
         noise = math.hypot(these.spread, others.spread) / these.seconds
         times = f"{1e6 * these.seconds:8.2f} {1e6 * others.seconds:8.2f}"
         print(f"    {times}  {found[-1]:.3f} +- {noise:.3f}  {plan}", flush=True)
-    rig.close()
     return found
 
 
@@ -93,13 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=60)
     given = parser.parse_args(arguments)
     macros = tuple((name, int(value)) for name, value in (text.split("=") for text in given.define))
-    versions = [Version("these", compiler.sources()), Version("the others", sources(given.others), macros)]
-    target = GpuTarget(0)
+    versions = [Version("these", compiler.sources()), Version("the others", compiler.sources_in(given.others), macros)]
     shapes = given.shape.split(",")
-    found = [ratio for shape in shapes for ratio in ratios(target, versions, shape, given.plans, given.rounds)]
-    mean = math.exp(math.fsum(map(math.log, found)) / len(found))
-    print(f"the others take {mean:.4f} times as long (geometric mean of {len(found)})")
-    target.close()
+    with contextlib.closing(GpuTarget(0)) as target:
+        found = [ratio for shape in shapes for ratio in ratios(target, versions, shape, given.plans, given.rounds)]
+    print(f"the others take {statistics.geometric_mean(found):.4f} times as long (geometric mean of {len(found)})")
 
 
 if __name__ == "__main__":
