@@ -115,13 +115,17 @@ def test_what_a_sweep_tries_is_legal(gpu: Device, kind: int) -> None:
         assert {plan.kernel(kind) for plan in later if isinstance(plan, Plan)} <= kernels, "compiles in a later stage"
 
 
-def test_no_launch_is_tried_twice() -> None:
-    """112 tiles are one wave on 113 SMs and more."""
+def test_other_launches_are_other_launches() -> None:
+    """112 tiles are one wave on 112 SMs and more; three rows of cluster tiles make no band of four."""
     task = Task(Problem(0, 16, 7168, 2048), H100.name, H100.sms, H100.sms)
     plan = Plan(16, 64, 4, depth=2, swap_ab=1, num_sms=H100.sms)
     counts = [fewer.num_sms for fewer in space.fewer_sms(plan, task)]
     assert counts == sorted(counts)
     assert counts[-1] == 112
+    high = Task(Problem(0, 600, 7168, 2048), H100.name, H100.sms, H100.sms)
+    pairs = Plan(128, 128, 5, cluster_m=2, num_sms=H100.sms, raster=2)
+    found = [other for other in space.launches(pairs, high) if isinstance(other, Plan)]
+    assert [other.raster for other in found] == [1, 1, 2, 3, 3]
 
 
 def test_the_whole_space() -> None:

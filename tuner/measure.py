@@ -50,7 +50,7 @@ class Timing(NamedTuple):
 
 
 def summarise(samples: Sequence[float]) -> Timing:
-    """A mean, because where a kernel's code lies gives its rounds a few speeds: a median falls on one or the other.
+    """A mean, because rounds may come at a few speeds, one for each load of a kernel: a median falls on one of them.
 
     Its error: Tukey and McLaughlin, Less vulnerable confidence and significance procedures for location, 1963.
     """

@@ -70,6 +70,9 @@ def launches(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     if not isinstance(plan, Plan):
         return []
     rasters = {plan.raster, max(1, plan.raster // 2), plan.raster * 2} if task.problem.m > plan.tile_m else {1}
+    if task.problem.kind == native.DENSE:  # a band that is higher than D is the same launch
+        rows = -(-task.problem.m // (plan.tile_m * plan.cluster_m))
+        rasters = {min(raster, rows) for raster in rasters}
     found = [plan._replace(raster=raster, b_policy=policy) for raster in sorted(rasters) for policy in POLICIES]
     return [other for other in found if other != plan]
 
@@ -77,7 +80,7 @@ def launches(plan: AnyPlan, task: Task) -> list[AnyPlan]:
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     """The third stage: fewer SMs. With tiles to spare the last wave may not need them all; memory needs fewer still.
 
-    Where all tiles are one wave, any number of SMs between its CTAs and all is the same launch, and is not tried twice.
+    Where all tiles are one wave, any number of SMs from its CTAs on is the same launch: of those the least is tried.
     """
     most = task.num_sms
     if not isinstance(plan, Plan):
