@@ -31,7 +31,8 @@ def build(folder: Path) -> Path:
         command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-o", str(folder / library), str(HERE / source)]
         subprocess.run(command, check=True)
     nvcc = folder / "nvcc"
-    nvcc.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo V13.0.0; else echo "$@" > kernel.cubin; fi\n')
+    cubin = r"""{ printf '\177ELF\002'; head -c 59 /dev/zero; echo "$@"; } > kernel.cubin"""  # without sections
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo V13.0.0; else {cubin}; fi\n')
     nvcc.chmod(0o755)
     return folder
 

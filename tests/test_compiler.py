@@ -185,11 +185,11 @@ def instructions(sass: str) -> dict[str, int]:
     return counts
 
 
-def wgmma_loop(sass: str) -> str:
-    """The instructions from shortly before the first wgmma to the last: the loop over K, but for its end."""
+def wgmma_loop(sass: str, p: Plan) -> list[str]:
+    """The loop over K: the instructions from shortly before its first wgmma to the last. Code before is the first turn's."""
     lines = [line for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
     wgmmas = [i for i, line in enumerate(lines) if "QGMMA" in line]
-    return "\n".join(lines[wgmmas[0] - 20 : wgmmas[-1]])
+    return lines[wgmmas[-4 * p.waves * p.turn] - 20 : wgmmas[-1]]
 
 
 def test_hardware_is_used(run: Run, sass_of: Any) -> None:
@@ -217,9 +217,23 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             assert {"UTMALDG", "SYNCS"} <= set(found)
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
-            assert "R2UR" not in wgmma_loop(sass), f"{kernel} moves its descriptors to uniform registers"
+            moved = [line for line in wgmma_loop(sass, p) if "R2UR" in line]
+            assert not moved, f"{kernel} moves its descriptors to uniform registers"
         else:
             assert "QGMMA" not in found
+
+
+def test_promotion_has_its_rhythm(run: Run, sass_of: Any) -> None:
+    """As nvdisasm sees it: of each four FMAs of one scale, one behind another, three keep it and the fourth does not."""
+    p = Plan(256, 128, 3)
+    key = next(key for key in run.builds if key.startswith("gemm_256_128_"))
+    fmas = [re.search(r"FFMA R\d+, R\d+, (R\d+)(\.reuse)?, ", line) for line in wgmma_loop(sass_of(run.builds[key].path), p)]
+    runs = itertools.groupby(fmas, key=lambda fma: fma and fma[1])
+    kept = [[bool(fma[2]) for fma in some if fma] for scale, some in runs if scale]
+    assert max(map(len, kept)) >= 16
+    for some in kept:
+        assert not any(some[3::4])
+        assert all(keeps for i, keeps in enumerate(some[:-1]) if i % 4 < 3)
 
 
 # ---- the compiler in this process

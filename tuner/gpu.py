@@ -5,7 +5,6 @@ stream of our own, each launch after a read of more than L2 holds, which leaves 
 """
 
 import ctypes
-import hashlib
 import itertools
 import math
 import random
@@ -328,7 +327,7 @@ class GpuTarget:
         made_by = compiler.compiler()
         driver = ctypes.c_int()
         native.library().driver_version(ctypes.byref(driver))
-        self.stamp = Stamp(f"{made_by.kind} {made_by.version}", str(driver.value), _sources_digest())
+        self.stamp = Stamp(f"{made_by.kind} {made_by.version}", str(driver.value), compiler.digest())
         self.flush_bytes = SHARED_FLUSH * self.device.l2_bytes if share else FLUSH_BYTES
         self._nvml = _Nvml.open(self.gpu.uuid)
         self._builder: Builder | None = None
@@ -401,12 +400,6 @@ def _kernels(plans: Sequence[tuple[AnyPlan, Task]]) -> list[Kernel]:
     found = [plan.kernel(task.problem.kind) for plan, task in plans if isinstance(plan, Plan)]
     kinds = dict.fromkeys(task.problem.kind for _, task in plans)
     return list(dict.fromkeys([reference_kernel(kind, True) for kind in kinds] + found))
-
-
-def _sources_digest() -> str:
-    """Of all kernels: any change may change times."""
-    text = "\0".join(f"{name}\0{source}" for name, source in sorted(compiler.sources().items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Nvml:

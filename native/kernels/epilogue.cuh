@@ -67,12 +67,14 @@ __device__ u32 panel_offset(int row, int column) {
 
 // 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others.
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
-    const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32, row = first + warp * 16 + lane % 16;
+    const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
+    // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... From step to step its bits flip.
+    const u32 at = panel_offset(first + warp * 16 + lane % 16, lane / 16 * 8);
 #pragma unroll
-    for (int j = 0; j < kColumns / 16; ++j) {    // 16 x 16 a warp: lane l addresses row l % 16, columns l / 16 * 8 ...
-        const int panel = j * 16 / kPanel, column = j * 16 % kPanel + lane / 16 * 8;
+    for (int j = 0; j < kColumns / 16; ++j) {
+        const int panel = j * 16 / kPanel, column = j * 16 % kPanel;
         const float* v = &sum[j * 8];
-        store_matrix_x4(shared_address(panels[panel]) + panel_offset(row, column), pack_bf16(v[0], v[1]),
+        store_matrix_x4(shared_address(panels[panel]) + (at ^ column * sizeof(u16)), pack_bf16(v[0], v[1]),
                         pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
     }
 }

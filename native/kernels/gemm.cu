@@ -26,9 +26,6 @@
 
 namespace fp8gemm {
 
-// Blocks of K. Turns are whole: what lies behind K counts as zeros.
-__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
-
 __device__ bool scales_by_bulk(const GemmParams& p) { return kBulkScales && p.sa_by_bulk; }
 
 // Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
@@ -190,17 +187,6 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
-// Gives a stage back to every producer that fills it: one arrival a warp, in each CTA that shares it. `empty`: lane l's
-// is the barrier in CTA l.
-__device__ void release(u32 empty) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (kShare == 1) {
-        if (lane == 0) barrier_arrive(empty);
-    } else if (lane < kShare) {
-        barrier_arrive_remote(empty);
-    }
-}
-
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
@@ -208,28 +194,29 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK));
     const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
     const u32 a_block = p.a_box_rows * (kTileK / 16);            // from one block of a deep stage to the next
-    u64* const empty = &s.stages[0].empty;
-    const u32 empty_first = keep(kShare > 1 ? remote_address(empty, lane % kShare) : shared_address(empty));
+    const u32 empty_first = keep(empty_of_first(s));
+    const u32 sb_first = keep(shared_address(&s.stages[0].scales[0][kScalesOfB]));
     u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
-    for (Tile tile; tiles.next(tile);) {
+    Tile tile, next;
+    for (bool more = tiles.next(tile); more; tile = next) {
         // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps
         // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
         if (__any_sync(0xffffffff, tile.rows <= first_row)) {
-            for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
-                barrier_wait(&ring.stage(s).full, ring.phase);
-                release(empty_first + ring.offset);
-            }
+            for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance())
+                barrier_wait(&ring.stage(s).full, ring.phase), release(empty_first + ring.offset);
+            more = tiles.next(next);
             continue;
         }
-
         float sum[kWaves][kTileN / 2] = {};
         const int b_split = keep(128 - tile.column % 128);       // columns of the tile before its second B scale
-        const u32 scales = keep(first_row + warp * 16 % kTileM + lane / 4 + scale_rows(p, tile).lead);
-        bool landed = false;
+        const int scale_row = first_row + warp * 16 % kTileM + lane / 4 + scale_rows(p, tile).lead;
+        const u32 sa_first = keep(shared_address(&s.stages[0].scales[0][scale_row]));
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
-        for (int kb = first_block; kb < last_block; kb += kTurn) {
+        int kb = first_block;
+        bool landed = false;                                     // the next stage
+        auto turn = [&](auto first) {                            // a tile's first: there are no sums yet
             float scale_a[kItems][2], scale_b[kTurn][2], partial[kPartials][kTileN / 2];
             auto promote = [&](int item) {
                 const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item : 0;
@@ -242,22 +229,24 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                                          (i == 0 || i * kSegment < b_split ? scale_b[j][0] : scale_b[j][1]);
 #pragma unroll
                 for (int i = 0; i < kTileN / 2; ++i)
-                    sum[w][i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i];
+                    sum[w][i] = scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i] +
+                                (first.value && j == 0 ? 0 : sum[w][i]);
             };
             u32 used = 0, used_before = 0;                       // `empty` of the last two stages
 #pragma unroll
             for (int item = 0; item < kItems; ++item) {
                 const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item % kStageItems : 0;
                 if (item % kStageItems == 0) {                   // the first of a stage
-                    Stage& stage = ring.stage(s);
-                    if (item > 0 || !landed) barrier_wait(&stage.full, ring.phase);
+                    if (item > 0) barrier_wait(&ring.stage(s).full, ring.phase);
 #pragma unroll
                     for (int i = 0; i < kStageItems; ++i) {
                         const int wave = kDepth > 1 ? 0 : i, block = kDepth > 1 ? i : 0;
-                        const float *sa = stage.scales[block] + scales, *sb = stage.scales[block] + kScalesOfB;
-                        scale_a[item + i][0] = sa[wave * 64], scale_a[item + i][1] = sa[wave * 64 + 8];
+                        const u32 at = ring.offset + block * kScaleSlots * 4, sa = sa_first + at, sb = sb_first + at;
+                        scale_a[item + i][0] = load_shared(sa + wave * 256);
+                        scale_a[item + i][1] = load_shared(sa + wave * 256 + 32);
                         if (wave > 0) continue;
-                        scale_b[(item + i) % kTurn][0] = sb[0], scale_b[(item + i) % kTurn][1] = sb[kSegments > 1];
+                        scale_b[(item + i) % kTurn][0] = load_shared(sb);
+                        if (kSegments > 1) scale_b[(item + i) % kTurn][1] = load_shared(sb + 4);
                     }
                 }
                 const u32 a = a_stage + w * 64 * (kTileK / 16) + j * a_block, b = b_stage + j * kTileN * (kTileK / 16);
@@ -267,10 +256,12 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                     Wgmma<kTileN>::mma(partial[item % kPartials], wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k),
                                        k > 0);
                 wgmma_commit();
+                if (first.value && item == 0) more = tiles.next(next);
                 if (item % kStageItems == kStageItems - 1) {     // the last
                     used_before = used, used = empty_first + ring.offset;
-                    ring.advance();
-                    a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
+                    const bool wraps = ring.advance();
+                    a_stage = wraps ? a_first : a_stage + sizeof(Stage) / 16;
+                    b_stage = wraps ? b_first : b_stage + sizeof(Stage) / 16;
                 }
                 const int done = item - (kPartials - 1);
                 if (done < 0 || done == kItems - 1) continue;
@@ -282,6 +273,15 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             release(used);                                       // before the promotion: neither side need wait for it
             landed = barrier_test(&ring.stage(s).full, ring.phase);
             promote(kItems - 1);
+            kb += kTurn;
+        };
+        if (!kFirstApart || kb >= last_block) more = tiles.next(next);
+        auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
+        if (kFirstApart && kb < last_block) await(), turn(Constant<true>());
+        if (kb < last_block) await();
+        for (; kb < last_block; await()) {
+            turn(Constant<false>());
+            if (kb >= last_block) break;                         // here, not above: one branch a turn is taken, not two
         }
         if constexpr (kSplit > 1) {
             exchange_parts(s, sum, consumer, rounds);

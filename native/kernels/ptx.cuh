@@ -146,6 +146,11 @@ PTX float load_float(const float* from, bool valid) {            // from global 
     if (valid) asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
     return v;
 }
+PTX float load_shared(u32 address) {             // volatile: where it stands, before the wgmmas that hide its latency
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
 PTX void store_float(float* to, float v) {                       // to shared memory
     asm volatile("st.shared.f32 [%0], %1;" :: "r"(shared_address(to)), "f"(v) : "memory");
 }

@@ -51,6 +51,9 @@ __device__ void wait_for_barriers() {
 // Until the first load is issued. Its warp then need not share the fetching of its code.
 __device__ void wait_for_first_load() { named_barrier_sync(kLoading, kThreads); }
 
+// Blocks of K. Turns are whole: what lies behind K counts as zeros.
+__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
+
 // The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to
 // addresses and wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core loses.
 struct Ring {
@@ -58,10 +61,28 @@ struct Ring {
     __device__ Stage& stage(SharedStorage& s) const {
         return *reinterpret_cast<Stage*>(reinterpret_cast<u8*>(s.stages) + offset);
     }
-    __device__ void advance() {
+    __device__ bool advance() {                  // whether it is the first stage's turn again
         offset += sizeof(Stage);
-        if (offset == sizeof(SharedStorage::stages)) { offset = 0; phase ^= 1; }
+        const bool wraps = offset == sizeof(SharedStorage::stages);
+        if (wraps) { offset = 0; phase ^= 1; }
+        return wraps;
     }
 };
+
+// `empty` of the first stage, of CTA l in lane l if a cluster shares it.
+__device__ u32 empty_of_first(SharedStorage& s) {
+    u64* const empty = &s.stages[0].empty;
+    return kShare > 1 ? remote_address(empty, threadIdx.x % 32 % kShare) : shared_address(empty);
+}
+
+// Gives a stage back to every producer that fills it: one arrival a warp, in each CTA that shares it.
+__device__ void release(u32 empty) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kShare == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else if (lane < kShare) {
+        barrier_arrive_remote(empty);
+    }
+}
 
 }  // namespace fp8gemm

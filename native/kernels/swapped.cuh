@@ -70,7 +70,7 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
     const int token = threadIdx.x % 4 * 2;
     const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a));
     const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
-    const u32 a_block = p.a_box_rows * (kTileK / 16), empty_first = keep(shared_address(&s.stages[0].empty));
+    const u32 a_block = p.a_box_rows * (kTileK / 16), empty_first = keep(empty_of_first(s));
     u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
@@ -101,7 +101,7 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
                     scale_a[j][i] = stage.scales[j][i / 2 * 8 + token + i % 2];
             }
             wgmma_wait<0>();
-            if (threadIdx.x % 32 == 0) barrier_arrive(empty_first + ring.offset);
+            release(empty_first + ring.offset);
 #pragma unroll
             for (int j = 0; j < kDepth; ++j)
 #pragma unroll

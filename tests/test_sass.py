@@ -1,0 +1,87 @@
+"""The rhythm of the promotion's FMAs: which bits change, and that nothing else does."""
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8gemm import CompileError, sass
+
+KEEPS, STAYS = 1 << 123, 1 << 109
+FFMA = 0x223
+Instruction = tuple[int, int, int]  # opcode, second operand's register, whatever else
+
+instructions = st.lists(
+    st.tuples(st.sampled_from([FFMA, FFMA, FFMA, 0x221, 0x984]), st.sampled_from([6, 7]), st.integers(0, 2**128 - 1)),
+    max_size=40,
+)
+
+
+def elf(*sections: tuple[bytes, bytes]) -> bytes:
+    """A file of nothing but sections: (name, content)."""
+    names = b"\0" + b"".join(name + b"\0" for name, _ in sections) + b".shstrtab\0"
+    contents = [(b".shstrtab", names), *sections]
+    body, table = b"", b""
+    for name, content in contents:
+        place = names.index(b"\0" + name + b"\0") + 1
+        table += struct.pack("<IIQQQQIIQQ", place, 1, 0, 0, 64 + len(body), len(content), 0, 0, 1, 0)
+        body += content
+    header = struct.pack("<4sB35xQ10xHHH", b"\x7fELF", 2, 64 + len(body), 64, len(contents), 0)
+    return header + body + table
+
+
+def encode(listing: list[Instruction]) -> bytes:
+    fixed = 0xFFF | 0xFF << 32
+    return b"".join((rest & ~fixed | opcode | register << 32).to_bytes(16, "little") for opcode, register, rest in listing)
+
+
+def decode(code: bytes) -> list[int]:
+    return [int.from_bytes(code[i : i + 16], "little") for i in range(0, len(code), 16)]
+
+
+def paced(listing: list[Instruction]) -> tuple[list[int], list[int]]:
+    """The instructions before and after, between two sections that are no code."""
+    code = encode(listing)
+    file = elf((b".nv.info", b"x" * 48), (b".text.fp8gemm_gemm", code), (b".rela.text.gemm", encode([(FFMA, 6, 0)] * 4)))
+    at = file.index(code) if code else 0
+    changed = sass.pace(file)
+    assert changed[:at] == file[:at]
+    assert changed[at + len(code) :] == file[at + len(code) :]
+    return decode(code), decode(changed[at : at + len(code)])
+
+
+@given(instructions)
+def test_only_hints_of_fmas_change(listing: list[Instruction]) -> None:
+    before, after = paced(listing)
+    for (opcode, _, _), old, new in zip(listing, before, after, strict=True):
+        assert (old ^ new) & ~(KEEPS | STAYS) == 0
+        assert opcode == FFMA or old == new
+
+
+@given(instructions)
+def test_nothing_is_newly_kept_for_another_register(listing: list[Instruction]) -> None:
+    """The next instruction would read the wrong one."""
+    before, after = paced(listing)
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if new & KEEPS and not old & KEEPS:
+            assert listing[i + 1][:2] == (FFMA, listing[i][1])
+
+
+@given(instructions)
+def test_once_is_enough(listing: list[Instruction]) -> None:
+    file = elf((b".text.k", encode(listing)))
+    assert sass.pace(sass.pace(file)) == sass.pace(file)
+
+
+def test_the_rhythm() -> None:
+    """Ten FMAs of one scale, two of another: each fourth gives way, and a scale is kept but for it and the next scale's."""
+    _, after = paced([(FFMA, 6, 0)] * 10 + [(FFMA, 7, 0)] * 2)
+    assert "".join(".Y"[not word & STAYS] for word in after) == "...Y...Y...."
+    assert "".join(".r"[bool(word & KEEPS)] for word in after) == "rrr.rrr.r.r."
+
+
+@pytest.mark.parametrize("file", [b"", b"MZ" + b"\0" * 80, b"\x7fELF\x01" + b"\0" * 80])
+def test_not_a_cubin(file: bytes) -> None:
+    with pytest.raises(CompileError, match="no 64-bit ELF file"):
+        sass.pace(file)
