@@ -18,8 +18,8 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FINALISTS = 3  # of one stage, each of another tile, lend their plans to the next
-FINAL = 6  # plans of the last stage race once more
+FINALISTS = 4  # of one stage, each of another tile, lend their plans to the next
+FINAL = 10  # plans of the last stage race once more
 FINAL_SECONDS = 4.0  # of running plans at most, unless fewer rounds than any race's would fit
 
 
