@@ -5,9 +5,10 @@ every other FMA keep the scale for the next one (`.reuse`: a read less), and the
 yield hint). Three that keep it before one that gives way take 1 to 1.5% less time on tiles of 256 x 128, 1.5 to 3.5% on
 128 x 192, 4% on 128 x 160 (native/README.md, "The rhythm of the promotion"). Both are hints: no result depends on them.
 
-Of an instruction's 128 bits on sm_90, 0 to 11 say what it does, 32 to 39 are the second operand's register, 109 is 0 where
-it gives way, and 122 to 125 keep its operands, one bit each (Jia et al., Dissecting the NVIDIA Volta GPU Architecture via
-Microbenchmarking, 2018, chapter 2; nvdisasm's listings agree).
+Of an instruction's 128 bits on sm_90, 0 to 11 say what it does, 32 to 39 are the second operand's register, 105 to 108 the
+cycles until the next one, 109 is 0 where it gives way, and 122 to 125 keep its operands, one bit each (Jia et al.,
+Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, chapter 2; nvdisasm's listings agree). With 12
+cycles and more bit 109 means something else, and wrong results: what waits for more than one cycle is left alone.
 """
 
 import struct
@@ -17,7 +18,8 @@ from .errors import CompileError
 
 RHYTHM = 4  # FMAs up to the one that gives way
 _FFMA = 0x223  # of four registers
-_KEEPS, _STAYS = 1 << 123 - 64, 1 << 109 - 64  # in the upper 64 bits: keeps the second operand; does not give way
+_CYCLES, _CYCLE = 15 << 105 - 64, 1 << 105 - 64  # in the upper 64 bits
+_KEEPS, _STAYS = 1 << 123 - 64, 1 << 109 - 64  # the second operand is kept; does not give way
 _HEADER, _SECTION, _INSTRUCTION = struct.Struct("<4s36xQ10xHHH"), struct.Struct("<IIQQQQIIQQ"), struct.Struct("<QQ")
 
 
@@ -30,7 +32,7 @@ def pace(cubin: bytes) -> bytes:
         count = 0  # of FMAs with this scale, one behind another
         for i, (low, high) in enumerate(words):
             count = count + 1 if i and scales[i] == scales[i - 1] else 1
-            if scales[i] is None:
+            if scales[i] is None or high & _CYCLES != _CYCLE:
                 continue
             if count % RHYTHM == 0:
                 high &= ~(_KEEPS | _STAYS)
