@@ -10,8 +10,7 @@
 //
 // A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has
 // landed) and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about
-// 14 bits of a sum, so a partial sum lives there for one block only; FP32 registers hold the rest (two-level
-// accumulation).
+// 14 bits of a sum, so a partial sum lives there for one block only, and FP32 registers hold the rest: two levels.
 // Where tiles are few, the CTAs of a cluster share a tile's K, and each adds up their sums of some columns, in order.
 //
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
@@ -200,13 +199,15 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     Ring ring;
     Scheduler tiles(p);
     Tile tile, next;
-    for (bool more = tiles.next(tile); more; tile = next) {
+    bool more = kFirstApart && tiles.next(next);                 // the next tile, then, is known before one is done
+    while (kFirstApart ? more : tiles.next(next)) {
+        tile = next;
         // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps
         // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
         if (__any_sync(0xffffffff, tile.rows <= first_row)) {
             for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance())
                 barrier_wait(&ring.stage(s).full, ring.phase), release(empty_first + ring.offset);
-            more = tiles.next(next);
+            more = kFirstApart && tiles.next(next);
             continue;
         }
         float sum[kWaves][kTileN / 2] = {};
@@ -275,7 +276,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             promote(kItems - 1);
             kb += kTurn;
         };
-        if (!kFirstApart || kb >= last_block) more = tiles.next(next);
+        if (kFirstApart && kb >= last_block) more = tiles.next(next);
         auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
         if (kFirstApart && kb < last_block) await(), turn(Constant<true>());
         if (kb < last_block) await();
@@ -287,7 +288,6 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             exchange_parts(s, sum, consumer, rounds);
             tile.column += cluster_rank() * kColumns;
         }
-
         const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
         const int rows = tile.rows - first_row, row = tile.row + first_row;
         // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
