@@ -1,14 +1,16 @@
 """The one thing that we change in the assembler's code: the rhythm of the promotion's FMAs.
 
 While a warp promotes, the tensor core works for another one, and both use the same register file. The assembler has
-every other FMA keep the scale for the next one (`.reuse`: a read less), and the one between give way to other warps (its
-yield hint). Three that keep it before one that gives way take 1 to 1.5% less time on tiles of 256 x 128, 1.5 to 3.5% on
-128 x 192, 4% on 128 x 160 (native/README.md, "The rhythm of the promotion"). Both are hints: no result depends on them.
+every other FMA keep the scale for the next one (`.reuse`: a read less), and the one between give way to other warps
+(its yield hint). Three that keep it before one that gives way take 1 to 1.5% less time on tiles of 256 x 128, 1.5 to
+3.5% on 128 x 192, 4% on 128 x 160 (native/README.md, "The rhythm of the promotion"). Both are hints: no result depends
+on them.
 
-Of an instruction's 128 bits on sm_90, 0 to 11 say what it does, 32 to 39 are the second operand's register, 105 to 108 the
-cycles until the next one, 109 is 0 where it gives way, and 122 to 125 keep its operands, one bit each (Jia et al.,
-Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, chapter 2; nvdisasm's listings agree). With 12
-cycles and more bit 109 means something else, and wrong results: what waits for more than one cycle is left alone.
+Of an instruction's 128 bits on sm_90, 0 to 11 say what it does, 16 to 23 and 32 to 39 are the registers of the result
+and of the second operand, 105 to 108 the cycles until the next one, 109 is 0 where it gives way, and 122 to 125 keep
+its operands, one bit each (Jia et al., Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018,
+chapter 2; nvdisasm's listings agree). With 12 cycles and more bit 109 means something else, and results were wrong:
+what waits for more than one cycle is left alone.
 """
 
 import struct
@@ -37,7 +39,8 @@ def pace(cubin: bytes) -> bytes:
             if count % RHYTHM == 0:
                 high &= ~(_KEEPS | _STAYS)
             else:
-                high |= _STAYS | (_KEEPS if scales[i] == scales[i + 1] else 0)
+                same_again = scales[i] == scales[i + 1] and low >> 16 & 0xFF != scales[i]
+                high |= _STAYS | (_KEEPS if same_again else 0)
             _INSTRUCTION.pack_into(code, offset + i * _INSTRUCTION.size, low, high)
     return bytes(code)
 

@@ -186,7 +186,7 @@ def instructions(sass: str) -> dict[str, int]:
 
 
 def wgmma_loop(sass: str, p: Plan) -> list[str]:
-    """The loop over K: the instructions from shortly before its first wgmma to the last. Code before is the first turn's."""
+    """The loop over K, from shortly before its first wgmma to the last. Code before is a tile's first turn."""
     lines = [line for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
     wgmmas = [i for i, line in enumerate(lines) if "QGMMA" in line]
     return lines[wgmmas[-4 * p.waves * p.turn] - 20 : wgmmas[-1]]
@@ -224,10 +224,12 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
 
 
 def test_promotion_has_its_rhythm(run: Run, sass_of: Any) -> None:
-    """As nvdisasm sees it: of each four FMAs of one scale, one behind another, three keep it and the fourth does not."""
+    """As nvdisasm sees it: of four FMAs of one scale, one behind another, three keep it and the fourth does not."""
     p = Plan(256, 128, 3)
     key = next(key for key in run.builds if key.startswith("gemm_256_128_"))
-    fmas = [re.search(r"FFMA R\d+, R\d+, (R\d+)(\.reuse)?, ", line) for line in wgmma_loop(sass_of(run.builds[key].path), p)]
+    fmas = [
+        re.search(r"FFMA R\d+, R\d+, (R\d+)(\.reuse)?, ", line) for line in wgmma_loop(sass_of(run.builds[key].path), p)
+    ]
     runs = itertools.groupby(fmas, key=lambda fma: fma and fma[1])
     kept = [[bool(fma[2]) for fma in some if fma] for scale, some in runs if scale]
     assert max(map(len, kept)) >= 16

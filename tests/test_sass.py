@@ -16,7 +16,12 @@ instructions = st.lists(
     st.tuples(
         st.sampled_from([FFMA, FFMA, FFMA, 0x221, 0x984]),
         st.sampled_from([6, 7]),
-        st.integers(0, 2**128 - 1) | st.integers(0, 2**128 - 1).map(lambda rest: rest & ~(15 * CYCLE) | CYCLE),
+        st.builds(
+            lambda rest, result, cycles: rest & ~(15 * CYCLE | 0xFF << 16) | result << 16 | cycles * CYCLE,
+            st.integers(0, 2**128 - 1),
+            st.sampled_from([6, 7, 8]),
+            st.sampled_from([1, 1, 1, 4, 12]),
+        ),
     ),
     max_size=40,
 )
@@ -37,7 +42,9 @@ def elf(*sections: tuple[bytes, bytes]) -> bytes:
 
 def encode(listing: list[Instruction]) -> bytes:
     fixed = 0xFFF | 0xFF << 32
-    return b"".join((rest & ~fixed | opcode | register << 32).to_bytes(16, "little") for opcode, register, rest in listing)
+    return b"".join(
+        (rest & ~fixed | opcode | register << 32).to_bytes(16, "little") for opcode, register, rest in listing
+    )
 
 
 def decode(code: bytes) -> list[int]:
@@ -47,7 +54,9 @@ def decode(code: bytes) -> list[int]:
 def paced(listing: list[Instruction]) -> tuple[list[int], list[int]]:
     """The instructions before and after, between two sections that are no code."""
     code = encode(listing)
-    file = elf((b".nv.info", b"x" * 48), (b".text.fp8gemm_gemm", code), (b".rela.text.gemm", encode([(FFMA, 6, 0)] * 4)))
+    file = elf(
+        (b".nv.info", b"x" * 48), (b".text.fp8gemm_gemm", code), (b".rela.text.gemm", encode([(FFMA, 6, 0)] * 4))
+    )
     at = file.index(code) if code else 0
     changed = sass.pace(file)
     assert changed[:at] == file[:at]
@@ -70,6 +79,7 @@ def test_nothing_is_newly_kept_for_another_register(listing: list[Instruction]) 
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         if new & KEEPS and not old & KEEPS:
             assert listing[i + 1][:2] == (FFMA, listing[i][1])
+            assert old >> 16 & 0xFF != listing[i][1], "its own result"
 
 
 @given(instructions)
@@ -80,14 +90,14 @@ def test_once_is_enough(listing: list[Instruction]) -> None:
 
 @given(instructions)
 def test_what_waits_is_left_alone(listing: list[Instruction]) -> None:
-    """With a wait of 12 cycles the bit of the yield hint is no hint: nvdisasm knows no such FMA, and results were wrong."""
+    """After a wait of 12 cycles the yield hint's bit is no hint: nvdisasm knows no such FMA, and results were wrong."""
     before, after = paced(listing)
     for old, new in zip(before, after, strict=True):
         assert old == new or old >> 105 & 15 == 1
 
 
 def test_the_rhythm() -> None:
-    """Ten FMAs of one scale, two of another: each fourth gives way, and a scale is kept but for it and the next scale's."""
+    """Ten FMAs of one scale, two of another: each fourth gives way, and a scale is kept up to there, or to its last."""
     _, after = paced([(FFMA, 6, CYCLE)] * 10 + [(FFMA, 7, CYCLE)] * 2)
     assert "".join(".Y"[not word & STAYS] for word in after) == "...Y...Y...."
     assert "".join(".r"[bool(word & KEEPS)] for word in after) == "rrr.rrr.r.r."
