@@ -119,9 +119,11 @@ def test_other_launches_are_other_launches() -> None:
     """112 tiles are one wave on 112 SMs and more; three rows of cluster tiles make no band of four."""
     task = Task(Problem(0, 16, 7168, 2048), H100.name, H100.sms, H100.sms)
     plan = Plan(16, 64, 4, depth=2, swap_ab=1, num_sms=H100.sms)
-    counts = [fewer.num_sms for fewer in space.fewer_sms(plan, task)]
+    fewer = space.fewer_sms(plan, task)
+    counts = [other.num_sms for other in fewer]
     assert counts == sorted(counts)
     assert counts[-1] == 112
+    assert len(set(fewer)) == len(fewer) == 2 * len(set(counts)), "each with either policy"
     high = Task(Problem(0, 600, 7168, 2048), H100.name, H100.sms, H100.sms)
     pairs = Plan(128, 128, 5, cluster_m=2, num_sms=H100.sms, raster=2)
     found = [other for other in space.launches(pairs, high) if isinstance(other, Plan)]

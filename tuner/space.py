@@ -78,7 +78,8 @@ def launches(plan: AnyPlan, task: Task) -> list[AnyPlan]:
 
 
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
-    """The third stage: fewer SMs. With tiles to spare the last wave may not need them all; memory needs fewer still.
+    """The third stage: fewer SMs, with either L2 policy. With tiles to spare the last wave may not need them all, and
+    memory needs fewer still.
 
     Where all tiles are one wave, any number of SMs from its CTAs on is the same launch: of those the least is tried.
     """
@@ -93,5 +94,6 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
         counts.add(-(-tiles // waves) * plan.cluster)  # as many waves, all but the last full
     usable = {n // plan.cluster * plan.cluster for n in counts}
     ctas = tiles * plan.cluster if task.problem.kind == native.DENSE else most
-    found = [plan._replace(num_sms=n) for n in sorted(usable) if plan.cluster <= n < most and n <= ctas]
+    fitting = [n for n in sorted(usable) if plan.cluster <= n < most and n <= ctas]
+    found = [plan._replace(num_sms=n, b_policy=policy) for n in fitting for policy in POLICIES]
     return [fewer for fewer in found if cost.may_split(task.problem, fewer)]
