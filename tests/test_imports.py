@@ -22,7 +22,7 @@ LAYERS = [
     ["dlpack", "device"],
     ["problem"],
     ["plan"],
-    ["cost", "cache"],
+    ["cost", "cache", "sass"],
     ["compiler"],
     ["backends"],
     ["store"],
