@@ -3,6 +3,7 @@
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"
+#include "scheduler.cuh"
 #include "storage.cuh"
 
 namespace fp8gemm {
@@ -99,6 +100,33 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
                     to[i / 2 * 8 + i % 2] = static_cast<u16>(pack_bf16(sum[i / 2 * 4 + half * 2 + i % 2], 0));
         }
     }
+}
+
+// A consumer's rows of a tile.
+__device__ void store_tile(const GemmParams& p, SharedStorage& s, const float (&sum)[kWaves][kTileN / 2], const Tile& tile,
+                           int consumer) {
+    const bool leader = threadIdx.x % 128 == 0;
+    const int first_row = consumer * kWaves * 64, rows = tile.rows - first_row, row = tile.row + first_row;
+    const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
+    // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
+    if (kStaged && p.d_by_tma && (rows >= kWaves * 64 || kKind == kDense)) {
+        if (leader) tma_store_wait_read();                       // the last tile's store has left the buffer
+        named_barrier_sync(1 + consumer, 128);
+#pragma unroll
+        for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer], sum[w], w * 64);
+        fence_async_proxy();
+        named_barrier_sync(1 + consumer, 128);
+        if (leader)
+            for (int i = 0; i < kPanels && i * kPanel < columns; i += p.d_blocked ? kPanels : 1)
+                tma_store(p.d, s.d[consumer][i], p.d_blocked ? 0 : tile.column + i * kPanel, row,
+                          p.d_blocked ? tile.column / kPanel : 0, group);
+    } else {
+#pragma unroll
+        for (int w = 0; w < kWaves; ++w)
+            store_wave(p, sum[w], p.d_data + group * p.d_group + (row + w * 64) * p.d_row + tile.column,
+                       min(rows - w * 64, min(kTileM, 64)), columns);
+    }
+    if (leader) tma_store_commit();
 }
 
 }  // namespace fp8gemm

@@ -188,7 +188,6 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
 // ---- consumer ------------------------------------------------------------------------------------------------------
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const bool leader = threadIdx.x % 128 == 0;
     const int first_row = consumer * kWaves * 64, blocks = blocks_of_k(p);
     const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK));
     const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
@@ -288,29 +287,9 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             exchange_parts(s, sum, consumer, rounds);
             tile.column += cluster_rank() * kColumns;
         }
-        const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
-        const int rows = tile.rows - first_row, row = tile.row + first_row;
-        // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
-        if (kStaged && p.d_by_tma && (rows >= kWaves * 64 || kKind == kDense)) {
-            if (leader) tma_store_wait_read();                   // the last tile's store has left the buffer
-            named_barrier_sync(1 + consumer, 128);
-#pragma unroll
-            for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer], sum[w], w * 64);
-            fence_async_proxy();
-            named_barrier_sync(1 + consumer, 128);
-            if (leader)
-                for (int i = 0; i < kPanels && i * kPanel < columns; i += p.d_blocked ? kPanels : 1)
-                    tma_store(p.d, s.d[consumer][i], p.d_blocked ? 0 : tile.column + i * kPanel, row,
-                              p.d_blocked ? tile.column / kPanel : 0, group);
-        } else {
-#pragma unroll
-            for (int w = 0; w < kWaves; ++w)
-                store_wave(p, sum[w], p.d_data + group * p.d_group + (row + w * 64) * p.d_row + tile.column,
-                           min(rows - w * 64, min(kTileM, 64)), columns);
-        }
-        if (leader) tma_store_commit();
+        store_tile(p, s, sum, tile, consumer);
     }
-    if (leader && p.d_by_tma) tma_store_wait();
+    if (threadIdx.x % 128 == 0 && p.d_by_tma) tma_store_wait();
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
