@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -147,7 +148,11 @@ def build(kernel: Kernel) -> Built:
             raise CompileError(f"{kernel}: {meaning}", log)
     if spills:
         raise CompileError(f"{kernel}: {spills} bytes of registers spill to memory", log)
-    return built._replace(cubin=sass.pace(cubin)) if kernel.source == "gemm.cu" else built
+    return built._replace(cubin=sass.pace(cubin)) if _is_paced(kernel) else built
+
+
+def _is_paced(kernel: Kernel) -> bool:
+    return dict(kernel.macros).get("TILE_M", 0) >= sass.LEAST_ROWS
 
 
 def _build_nvrtc(kernel: Kernel, arguments: list[str]) -> tuple[bytes, str]:
@@ -196,7 +201,7 @@ def _build_nvcc(kernel: Kernel, arguments: list[str]) -> tuple[bytes, str]:
 
 def key(kernel: Kernel) -> str:
     """Digest of all that the cubin depends on: compiler, options, every source that can be included, and our change."""
-    parts = [*compiler()[:2], *options(kernel), kernel.function, sources()[kernel.source], str(sass.RHYTHM)]
+    parts = [*compiler()[:2], *options(kernel), kernel.function, sources()[kernel.source], _our_change()]
     parts += [text for name, text in sources().items() if not name.endswith(".cu")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -204,7 +209,12 @@ def key(kernel: Kernel) -> str:
 def digest() -> str:
     """Of all kernels' sources, and our change to what becomes of them: with any other, times may be others."""
     parts = [f"{name}\0{source}" for name, source in sorted(sources().items())]
-    return hashlib.sha256("\0".join([*parts, str(sass.RHYTHM)]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([*parts, _our_change()]).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _our_change() -> str:
+    return inspect.getsource(sass)
 
 
 def strict() -> bool:

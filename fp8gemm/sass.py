@@ -1,10 +1,10 @@
 """The one thing that we change in the assembler's code: the rhythm of the promotion's FMAs.
 
-While a warp promotes, the tensor core works for another one, and both use the same register file. The assembler has
-every other FMA keep the scale for the next one (`.reuse`: a read less), and the one between give way to other warps
-(its yield hint). Three that keep it before one that gives way take 1 to 1.5% less time on tiles of 256 x 128, 1.5 to
-3.5% on 128 x 192, 4% on 128 x 160 (native/README.md, "The rhythm of the promotion"). Both are hints: no result depends
-on them.
+While a warp promotes, the tensor core works for another one, and both use the same register file. In tiles of 128 rows
+and more the assembler has every other FMA keep the scale for the next one (`.reuse`: a read less), and the one between
+give way to other warps (its yield hint). Three that keep it before one that gives way take 1 to 1.5% less time on 256 x
+128, 2 to 3.5% on 128 x 192, 4% on 128 x 160, and as much on 128 x 128 and 192 x 128 (H200, 2026-11-28; the log in
+native/README.md has more). Both are hints: no result depends on them.
 
 Of an instruction's 128 bits on sm_90, 0 to 11 say what it does, 16 to 23 and 32 to 39 are the registers of the result
 and of the second operand, 105 to 108 the cycles until the next one, 109 is 0 where it gives way, and 122 to 125 keep
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from .errors import CompileError
 
 RHYTHM = 4  # FMAs up to the one that gives way
+LEAST_ROWS = 128  # of a tile: with fewer nothing was gained
 _FFMA = 0x223  # of four registers
 _CYCLES, _CYCLE = 15 << 105 - 64, 1 << 105 - 64  # in the upper 64 bits
 _KEEPS, _STAYS = 1 << 123 - 64, 1 << 109 - 64  # the second operand is kept; does not give way
@@ -26,9 +27,16 @@ _HEADER, _SECTION, _INSTRUCTION = struct.Struct("<4s36xQ10xHHH"), struct.Struct(
 
 
 def pace(cubin: bytes) -> bytes:
-    """The cubin with the promotion's FMAs in our rhythm. Raises CompileError if it is no 64-bit ELF file."""
+    """The cubin with the promotion's FMAs in our rhythm. Raises CompileError if it is no whole 64-bit ELF file."""
+    try:
+        return _paced(cubin, list(texts(cubin)))
+    except (struct.error, IndexError) as error:
+        raise CompileError(f"a cubin of {len(cubin)} bytes is cut off: {error}") from error
+
+
+def _paced(cubin: bytes, sections: list[tuple[int, int]]) -> bytes:
     code = bytearray(cubin)
-    for offset, size in _texts(cubin):
+    for offset, size in sections:
         words = [_INSTRUCTION.unpack_from(cubin, at) for at in range(offset, offset + size, _INSTRUCTION.size)]
         scales = [low >> 32 & 0xFF if low & 0xFFF == _FFMA else None for low, _ in words] + [None]
         count = 0  # of FMAs with this scale, one behind another
@@ -45,7 +53,7 @@ def pace(cubin: bytes) -> bytes:
     return bytes(code)
 
 
-def _texts(cubin: bytes) -> Iterator[tuple[int, int]]:
+def texts(cubin: bytes) -> Iterator[tuple[int, int]]:
     """Offset and size of each section of code."""
     if len(cubin) < _HEADER.size or cubin[:5] != b"\x7fELF\x02":
         raise CompileError("a cubin is no 64-bit ELF file")

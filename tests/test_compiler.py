@@ -23,6 +23,7 @@ from references import H100, HOPPERS, WEIGHTS
 from fp8gemm import CompileError, compiler, cost, native, plan
 from fp8gemm.plan import Kernel, Plan, cast_kernel, copy_kernel, reference_kernel
 from fp8gemm.problem import KINDS, Problem
+from fp8gemm.sass import texts
 
 VERSIONS = {"12.9": 12, "13": 13}
 ROWS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
@@ -213,7 +214,8 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             macros = dict(kernel.macros)
             tile = macros["TILE_M"], macros["TILE_N"], macros["STAGES"]
             p = Plan(*tile, depth=macros["DEPTH"], swap_ab=macros["SWAP_AB"])
-            assert found["QGMMA"] % (4 * p.waves * p.turn) == 0  # four a wave and block of K
+            turns = 1 if p.swap_ab or p.depth > 1 or macros["SPLIT"] > 1 else 2  # the loop's, and a tile's first
+            assert found["QGMMA"] == turns * 4 * p.waves * p.turn, kernel  # four a wave and block of K
             assert {"UTMALDG", "SYNCS"} <= set(found)
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
@@ -223,19 +225,24 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             assert "QGMMA" not in found
 
 
-def test_promotion_has_its_rhythm(run: Run, sass_of: Any) -> None:
-    """As nvdisasm sees it: of four FMAs of one scale, one behind another, three keep it and the fourth does not."""
-    p = Plan(256, 128, 3)
-    key = next(key for key in run.builds if key.startswith("gemm_256_128_"))
-    fmas = [
-        re.search(r"FFMA R\d+, R\d+, (R\d+)(\.reuse)?, ", line) for line in wgmma_loop(sass_of(run.builds[key].path), p)
-    ]
-    runs = itertools.groupby(fmas, key=lambda fma: fma and fma[1])
-    kept = [[bool(fma[2]) for fma in some if fma] for scale, some in runs if scale]
-    assert max(map(len, kept)) >= 16
-    for some in kept:
-        assert not any(some[3::4])
-        assert all(keeps for i, keeps in enumerate(some[:-1]) if i % 4 < 3)
+@pytest.mark.parametrize("tile", [(256, 128), (128, 192), (64, 64)], ids=str)
+def test_promotion_has_its_rhythm(run: Run, tile: tuple[int, int]) -> None:
+    """Of FMAs of one scale, one behind another, each fourth gives way, and the others keep the scale."""
+    key = next(key for key in run.builds if key.startswith(f"gemm_{tile[0]}_{tile[1]}_"))
+    cubin = Path(run.builds[key].path).read_bytes()
+    ((offset, size),) = texts(cubin)
+    words = [int.from_bytes(cubin[at : at + 16], "little") for at in range(offset, offset + size, 16)]
+    scales = [word >> 32 & 0xFF if word & 0xFFF == 0x223 else None for word in words]
+    runs = [list(some) for _, some in itertools.groupby(range(len(words)), key=scales.__getitem__)]
+    long = [some for some in runs if scales[some[0]] is not None and len(some) >= 8]
+    assert long
+    in_rhythm = {
+        (words[i] >> 109 & 1, words[i] >> 123 & 1) == ((0, 0) if place % 4 == 3 else (1, 1))
+        for some in long
+        for place, i in enumerate(some[:-1])  # the last one has nothing to keep its scale for
+        if words[i] >> 105 & 15 == 1
+    }
+    assert in_rhythm == {True} if tile[0] >= 128 else False in in_rhythm
 
 
 # ---- the compiler in this process
@@ -373,6 +380,10 @@ def test_key_depends_on_all_that_a_cubin_does(sources: dict[str, str], monkeypat
     monkeypatch.setattr(compiler, "compiler", lambda: true)
     monkeypatch.setattr(compiler, "_OPTIONS", (*compiler._OPTIONS, "-O1"))
     keys.append(compiler.key(KERNEL))
+    before = compiler.digest()
+    monkeypatch.setattr(compiler, "_our_change", lambda: "another rhythm")
+    keys.append(compiler.key(KERNEL))
+    assert compiler.digest() != before
     assert len(set(keys)) == len(keys)
     assert all(re.fullmatch(r"[0-9a-f]{64}", key) for key in keys)
 

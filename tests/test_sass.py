@@ -103,7 +103,23 @@ def test_the_rhythm() -> None:
     assert "".join(".r"[bool(word & KEEPS)] for word in after) == "rrr.rrr.r.r."
 
 
+def test_every_section_of_code() -> None:
+    code = encode([(FFMA, 6, CYCLE)] * 4)
+    file = elf((b".text.one", code), (b".nv.info", code), (b".text.two", code))
+    places = [offset for offset, _ in sass.texts(file)]
+    changed = [sass.pace(file)[offset : offset + len(code)] != code for offset in places]
+    assert changed == [True, True]
+    assert sass.pace(file).count(code) == 1
+
+
 @pytest.mark.parametrize("file", [b"", b"MZ" + b"\0" * 80, b"\x7fELF\x01" + b"\0" * 80])
 def test_not_a_cubin(file: bytes) -> None:
     with pytest.raises(CompileError, match="no 64-bit ELF file"):
         sass.pace(file)
+
+
+def test_a_file_that_is_cut_off() -> None:
+    file = elf((b".text.k", encode([(FFMA, 6, CYCLE)] * 4)))
+    for size in range(64, len(file)):
+        with pytest.raises(CompileError, match="cut off"):
+            sass.pace(file[:size])

@@ -69,7 +69,8 @@ __device__ u32 panel_offset(int row, int column) {
 // 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others.
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
     const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
-    // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... From step to step its bits flip.
+    // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... A step's columns set bits that are 0 here
+    // and that the swizzle does not read: XOR takes the place of swizzling each anew.
     const u32 at = panel_offset(first + warp * 16 + lane % 16, lane / 16 * 8);
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {

@@ -10,7 +10,8 @@
 //
 // A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has
 // landed) and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about
-// 14 bits of a sum, so a partial sum lives there for one block only, and FP32 registers hold the rest: two levels.
+// 14 bits of a sum, so a partial sum lives there for one block only; FP32 registers hold the rest (two-level
+// accumulation).
 // Where tiles are few, the CTAs of a cluster share a tile's K, and each adds up their sums of some columns, in order.
 //
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
@@ -24,6 +25,9 @@
 #include "wgmma.cuh"
 
 namespace fp8gemm {
+
+// Blocks of K. Turns are whole: what lies behind K counts as zeros.
+__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
 __device__ bool scales_by_bulk(const GemmParams& p) { return kBulkScales && p.sa_by_bulk; }
 
@@ -197,18 +201,23 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
+    // Where a tile's first turn is apart, it asks for the next tile; else the loop's head does. Once a tile, either way.
     Tile tile, next;
-    bool more = kFirstApart && tiles.next(next);                 // the next tile, then, is known before one is done
+    bool more = kFirstApart && tiles.next(next);
     while (kFirstApart ? more : tiles.next(next)) {
         tile = next;
+
         // Nothing of ours here: keep the ring going. The vote tells the assembler that the warp agrees; it then keeps
         // the ring's position in uniform registers, where wgmma wants its descriptors (without, grouped: 9% slower).
         if (__any_sync(0xffffffff, tile.rows <= first_row)) {
-            for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance())
-                barrier_wait(&ring.stage(s).full, ring.phase), release(empty_first + ring.offset);
+            for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
+                barrier_wait(&ring.stage(s).full, ring.phase);
+                release(empty_first + ring.offset);
+            }
             more = kFirstApart && tiles.next(next);
             continue;
         }
+
         float sum[kWaves][kTileN / 2] = {};
         const int b_split = keep(128 - tile.column % 128);       // columns of the tile before its second B scale
         const int scale_row = first_row + warp * 16 % kTileM + lane / 4 + scale_rows(p, tile).lead;
@@ -216,7 +225,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         int kb = first_block;
         bool landed = false;                                     // the next stage
-        auto turn = [&](auto first) {                            // a tile's first: there are no sums yet
+        auto turn = [&](auto first) {                            // a tile's first one: there are no sums yet
             float scale_a[kItems][2], scale_b[kTurn][2], partial[kPartials][kTileN / 2];
             auto promote = [&](int item) {
                 const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item : 0;
@@ -275,7 +284,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             promote(kItems - 1);
             kb += kTurn;
         };
-        if (kFirstApart && kb >= last_block) more = tiles.next(next);
+        if (kFirstApart && kb >= last_block) more = tiles.next(next);        // K is 0
         auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
         if (kFirstApart && kb < last_block) await(), turn(Constant<true>());
         if (kb < last_block) await();

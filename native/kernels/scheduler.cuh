@@ -74,7 +74,8 @@ private:
         tile.column = n * kTileN;
     }
 
-    // Contiguous: the next tile, and what memory says of it. It is asked one tile ahead, so that nobody waits for it.
+    // Contiguous: the next tile, and what memory says of it. It is asked one tile ahead, so that nobody waits for it
+    // (two, where consumers themselves ask for a tile ahead).
     struct Ahead {
         bool exists;
         Tile tile;

@@ -51,9 +51,6 @@ __device__ void wait_for_barriers() {
 // Until the first load is issued. Its warp then need not share the fetching of its code.
 __device__ void wait_for_first_load() { named_barrier_sync(kLoading, kThreads); }
 
-// Blocks of K. Turns are whole: what lies behind K counts as zeros.
-__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
-
 // The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to
 // addresses and wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core loses.
 struct Ring {
