@@ -2,8 +2,8 @@
 
 While a warp promotes, the tensor core works for another one, and both use the same register file. In tiles of 128 rows
 and more the assembler has every other FMA keep the scale for the next one (`.reuse`: a read less), and the one between
-give way to other warps (its yield hint). Three that keep it before one that gives way take 1 to 1.5% less time on 256 x
-128, 2 to 3.5% on 128 x 192, 4% on 128 x 160, and as much on 128 x 128 and 192 x 128 (H200, 2026-11-28; the log in
+give way to other warps (its yield hint). With three that keep it before one that gives way, 256 x 128 takes 1 to 1.5%
+less time, 128 x 192 2 to 3.5%, 128 x 160 4%; 128 x 128 and 192 x 128 stay as they were (H200, 2026-11-28; the log in
 native/README.md has more). Both are hints: no result depends on them.
 
 Of an instruction's 128 bits on sm_90, 0 to 11 say what it does, 16 to 23 and 32 to 39 are the registers of the result
