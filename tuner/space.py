@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from fp8gemm import cost, native, planner
 from fp8gemm.backends import CpuPlan
 from fp8gemm.device import Device
+from fp8gemm.layout import ceil_div
 from fp8gemm.plan import Plan, compiled_space
 from fp8gemm.store import AnyPlan, Task
 
@@ -71,7 +72,7 @@ def launches(plan: AnyPlan, task: Task) -> list[AnyPlan]:
         return []
     rasters = {plan.raster, max(1, plan.raster // 2), plan.raster * 2} if task.problem.m > plan.tile_m else {1}
     if task.problem.kind == native.DENSE:  # a band that is higher than D is the same launch
-        rows = -(-task.problem.m // (plan.tile_m * plan.cluster_m))
+        rows = ceil_div(task.problem.m, plan.tile_m * plan.cluster_m)
         rasters = {min(raster, rows) for raster in rasters}
     found = [plan._replace(raster=raster, b_policy=policy) for raster in sorted(rasters) for policy in POLICIES]
     return [other for other in found if other != plan]
@@ -90,8 +91,8 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     tiles = cost.cluster_tiles(task.problem, plan)
     clusters = most // plan.cluster
     if clusters:
-        waves = -(-tiles // clusters)
-        counts.add(-(-tiles // waves) * plan.cluster)  # as many waves, all but the last full
+        waves = ceil_div(tiles, clusters)
+        counts.add(ceil_div(tiles, waves) * plan.cluster)  # as many waves, all but the last full
     usable = {n // plan.cluster * plan.cluster for n in counts}
     ctas = tiles * plan.cluster if task.problem.kind == native.DENSE else most
     fitting = [n for n in sorted(usable) if plan.cluster <= n < most and n <= ctas]

@@ -190,6 +190,8 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
+template <bool B> struct Constant { static constexpr bool value = B; };          // std::bool_constant: no headers here
+
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int first_row = consumer * kWaves * 64, blocks = blocks_of_k(p);
@@ -250,12 +252,13 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 #pragma unroll
                     for (int i = 0; i < kStageItems; ++i) {
                         const int wave = kDepth > 1 ? 0 : i, block = kDepth > 1 ? i : 0;
-                        const u32 at = ring.offset + block * kScaleSlots * 4, sa = sa_first + at, sb = sb_first + at;
-                        scale_a[item + i][0] = load_shared(sa + wave * 256);
-                        scale_a[item + i][1] = load_shared(sa + wave * 256 + 32);
+                        const u32 sa = sa_first + ring.offset, sb = sb_first + ring.offset;
+                        const int first_slot = block * kScaleSlots;
+                        scale_a[item + i][0] = load_shared(sa, first_slot + wave * 64);
+                        scale_a[item + i][1] = load_shared(sa, first_slot + wave * 64 + 8);
                         if (wave > 0) continue;
-                        scale_b[(item + i) % kTurn][0] = load_shared(sb);
-                        if (kSegments > 1) scale_b[(item + i) % kTurn][1] = load_shared(sb + 4);
+                        scale_b[(item + i) % kTurn][0] = load_shared(sb, first_slot);
+                        if (kSegments > 1) scale_b[(item + i) % kTurn][1] = load_shared(sb, first_slot + 1);
                     }
                 }
                 const u32 a = a_stage + w * 64 * (kTileK / 16) + j * a_block, b = b_stage + j * kTileN * (kTileK / 16);
@@ -268,7 +271,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                 if (first.value && item == 0) more = tiles.next(next);
                 if (item % kStageItems == kStageItems - 1) {     // the last
                     used_before = used, used = empty_first + ring.offset;
-                    const bool wraps = ring.advance();
+                    const bool wraps = ring.advance();           // from ring.offset they would be computed in the loop's head
                     a_stage = wraps ? a_first : a_stage + sizeof(Stage) / 16;
                     b_stage = wraps ? b_first : b_stage + sizeof(Stage) / 16;
                 }
@@ -284,9 +287,9 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             promote(kItems - 1);
             kb += kTurn;
         };
-        if (kFirstApart && kb >= last_block) more = tiles.next(next);        // K is 0
         auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
         if (kFirstApart && kb < last_block) await(), turn(Constant<true>());
+        else if (kFirstApart) more = tiles.next(next);           // K is 0
         if (kb < last_block) await();
         for (; kb < last_block; await()) {
             turn(Constant<false>());

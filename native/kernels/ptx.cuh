@@ -146,9 +146,10 @@ PTX float load_float(const float* from, bool valid) {            // from global 
     if (valid) asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
     return v;
 }
-PTX float load_shared(u32 address) {             // volatile: where it stands, before the wgmmas that hide its latency
+// Float `i` from an address on. Volatile, so that it stays where it stands: before the wgmmas that hide its latency.
+PTX float load_shared(u32 address, int i) {
     float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address + i * static_cast<u32>(sizeof v)));
     return v;
 }
 PTX void store_float(float* to, float v) {                       // to shared memory

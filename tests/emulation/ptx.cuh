@@ -68,7 +68,7 @@ PTX float load_float(const float* from, bool valid) {
 PTX void store_float(float* to, float v) {
     copies.push_back({to, v ? loads[static_cast<size_t>(v) - 1] : nullptr, v != 0});
 }
-PTX float load_shared(u32) { return 0; }
+PTX float load_shared(u32, int) { return 0; }
 PTX void copy_async_4(void* to, const void* from, bool valid) { copies.push_back({to, from, valid}); }
 PTX void copy_async_arrive(u64* barrier) { copies.push_back({nullptr, barrier, false}); }
 PTX u32 keep(u32 value) { return value; }
