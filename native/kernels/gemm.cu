@@ -294,6 +294,9 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         for (; kb < last_block; await()) {
             turn(Constant<false>());
             if (kb >= last_block) break;                         // here, not above: one branch a turn is taken, not two
+            if (!kTwiceUnrolled) continue;
+            await(), turn(Constant<false>());
+            if (kb >= last_block) break;
         }
         if constexpr (kSplit > 1) {
             exchange_parts(s, sum, consumer, rounds);
