@@ -186,11 +186,18 @@ def instructions(sass: str) -> dict[str, int]:
     return counts
 
 
+def turns(p: Plan) -> tuple[int, int]:
+    """How often the code has a consumer's turn: for a tile's first one, and in the loop over K."""
+    if p.swap_ab or p.depth > 1 or p.split > 1:
+        return 0, 1
+    return 1, 1 if p.two_partials else 2
+
+
 def wgmma_loop(sass: str, p: Plan) -> list[str]:
     """The loop over K, from shortly before its first wgmma to the last. Code before is a tile's first turn."""
     lines = [line for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
     wgmmas = [i for i, line in enumerate(lines) if "QGMMA" in line]
-    return lines[wgmmas[-4 * p.waves * p.turn] - 20 : wgmmas[-1]]
+    return lines[wgmmas[-turns(p)[1] * 4 * p.waves * p.turn] - 20 : wgmmas[-1]]
 
 
 def test_hardware_is_used(run: Run, sass_of: Any) -> None:
@@ -213,9 +220,8 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
         if kernel.source == "gemm.cu":
             macros = dict(kernel.macros)
             tile = macros["TILE_M"], macros["TILE_N"], macros["STAGES"]
-            p = Plan(*tile, depth=macros["DEPTH"], swap_ab=macros["SWAP_AB"])
-            turns = 1 if p.swap_ab or p.depth > 1 or macros["SPLIT"] > 1 else 2  # the loop's, and a tile's first
-            assert found["QGMMA"] == turns * 4 * p.waves * p.turn, kernel  # four a wave and block of K
+            p = Plan(*tile, depth=macros["DEPTH"], split=macros["SPLIT"], swap_ab=macros["SWAP_AB"])
+            assert found["QGMMA"] == sum(turns(p)) * 4 * p.waves * p.turn, kernel  # four a wave and block of K
             assert {"UTMALDG", "SYNCS"} <= set(found)
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
