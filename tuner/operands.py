@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from fp8gemm import native
-from fp8gemm.layout import M_ALIGNMENT
+from fp8gemm.layout import M_ALIGNMENT, ceil_div
 from fp8gemm.problem import Problem
 
 
@@ -31,7 +31,7 @@ def pieces(problem: Problem) -> list[Piece]:
             first += rows
         return found
     found, first = [], 0
-    for g, segments in enumerate(_uneven(-(-problem.m // M_ALIGNMENT), problem.groups)):
+    for g, segments in enumerate(_uneven(ceil_div(problem.m, M_ALIGNMENT), problem.groups)):
         end = min(first + segments * M_ALIGNMENT, problem.m)
         padding = M_ALIGNMENT // 2 if segments > 1 else 0  # what aligning a group costs on average
         if end > first:
