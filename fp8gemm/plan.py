@@ -7,6 +7,7 @@ says what is legal; whether a split of K suits a problem's size, `cost.may_split
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ L2_POLICIES = {
     "evict_last": 0x14F0000000000000,
 }
 TILE_MS = (32, 64, 128, 192, 256)
-TILE_NS = tuple(n for n in range(16, 193, 16) if n != 176)  # 176 could need three B scales
+TILE_NS = tuple(range(16, 193, 16))
 SWAPPED_TILE_MS = (8, 16, 32)
 SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
@@ -106,7 +107,9 @@ class Plan(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """What native/kernels/storage.cuh takes and what is read behind it; it asserts that both agree."""
-        stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + (self.tile_m + 8) * 4) + 2 * 8
+        segments = self.tile_n // math.gcd(self.tile_n, 128)  # of columns, a B scale each
+        scales = self.tile_m + 4 + (segments + 3) // 4 * 4
+        stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + scales * 4) + 2 * 8
         columns = self.tile_n // self.split
         sent = 64 * self.waves // self.split if self.swap_ab else columns
         parts = (self.split - 1) * self.tile_m * sent * 4 if self.split > 1 else 16 * self.consumers

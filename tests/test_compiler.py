@@ -300,7 +300,7 @@ def test_disagreement_over_shared_memory() -> None:
 
 @pytest.mark.parametrize(
     "macros",
-    [{"TILE_N": 176}, {"TILE_M": 256, "TILE_N": 144}, {"CLUSTER_M": 2, "CLUSTER_N": 2}, {"KIND": 1, "TILE_M": 256}],
+    [{"TILE_N": 208}, {"TILE_M": 256, "TILE_N": 144}, {"CLUSTER_M": 2, "CLUSTER_N": 2}, {"KIND": 1, "TILE_M": 256}],
     ids=repr,
 )
 def test_illegal_plans_do_not_compile(macros: dict[str, int]) -> None:

@@ -113,10 +113,10 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
 // Arrivals that a stage waits for: one for all that bulk copies leave over, or one of each thread that copies.
 __device__ int scale_arrivals(const GemmParams& p) { return scales_by_bulk(p) ? 1 : kScaleThreads; }
 
-// Beside bulk copies of A's scales one warp brings B's one or two, and up to three of A's: a lane each, a block ahead.
+// Beside bulk copies of A's scales one warp brings B's, and up to three of A's: a lane each, a block ahead.
 __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
     const int lane = threadIdx.x % 32, blocks = min(blocks_of_k(p), last_block);
-    const bool of_b = lane < 2;
+    const bool of_b = lane < kSegments;
     bool first = true;
     const u32 full = keep(shared_address(&s.stages[0].full));
     const long long step = of_b ? p.sb_k : p.sa_k;
@@ -124,10 +124,10 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         const ScaleRows rows = scale_rows(p, tile);
-        const int i = of_b ? tile.column / 128 + lane : rows.bulk + lane - 2, slot = of_b ? kScalesOfB + lane : i;
-        const bool exists = of_b ? i * 128 < p.n : lane - 2 < rows.rest;
-        const float* from = of_b ? p.sb + tile.group * p.sb_group + i * p.sb_row + first_block * p.sb_k
-                                 : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + rows.first + i +
+        const int column = tile.column + lane * kSegment, rest = lane - kSegments, row = rows.bulk + rest;
+        const bool exists = of_b ? column < p.n : rest < rows.rest;
+        const float* from = of_b ? p.sb + tile.group * p.sb_group + column / 128 * p.sb_row + first_block * p.sb_k
+                                 : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + rows.first + row +
                                        first_block * p.sa_k;
         if (first) wait_for_first_load(), first = false;
         dependency_wait();
@@ -138,7 +138,7 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
             next = load_float(from, exists && kb + 1 < blocks);
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
-            if (of_b || exists) store_float(&stage.scales[0][slot], scale);
+            if (exists) store_float(&stage.scales[0][of_b ? kScalesOfB + lane : row], scale);
             __syncwarp();
             if (lane == 0) barrier_arrive(full + ring.offset);
         }
@@ -149,16 +149,17 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
 // Where A's scales don't suit bulk copies, every scale comes by a four-byte copy: no layout needs a transposing pass. The
 // loop over K does what it must and no more: its warps take the consumers' time to issue.
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
-    constexpr int kOfA = kDepth * kTileM, kCopies = (kOfA + 2 * kDepth + kScaleThreads - 1) / kScaleThreads;    // of a stage
+    constexpr int kOfA = kDepth * kTileM, kOfB = kDepth * kSegments;             // of a stage
+    constexpr int kCopies = (kOfA + kOfB + kScaleThreads - 1) / kScaleThreads;
     const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
     const bool across = p.sa_k < p.sa_row;                       // row-major: neighbours copy blocks of one row
     bool first = true, of_b[kCopies];                            // A's first, then B's
-    int block[kCopies], row[kCopies];                            // this thread's copies: scale `row` of a block of a stage
+    int block[kCopies], row[kCopies];                            // this thread's copies: A's row or B's segment of a block
     u32 to[kCopies];                                             // where in a stage; 0: nowhere
     for (int c = 0; c < kCopies; ++c) {
         const int copy = thread + c * kScaleThreads, b = copy - kOfA;
-        of_b[c] = b >= 0, block[c] = of_b[c] ? b / 2 : across ? copy % kDepth : copy / kTileM;
-        row[c] = of_b[c] ? b % 2 : across ? copy / kDepth : copy % kTileM;
+        of_b[c] = b >= 0, block[c] = of_b[c] ? b / kSegments : across ? copy % kDepth : copy / kTileM;
+        row[c] = of_b[c] ? b % kSegments : across ? copy / kDepth : copy % kTileM;
         const u32 slot = block[c] * kScaleSlots + row[c] + (of_b[c] ? kScalesOfB : 0);
         to[c] = keep(block[c] < kDepth ? sizeof(Stage::a) + sizeof(Stage::b) + slot * sizeof(float) : 0);
     }
@@ -168,10 +169,10 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
         const float* from[kCopies];
         bool wants[kCopies];                                     // not of rows that A has not, nor of B
         for (int c = 0; c < kCopies; ++c) {
-            const int at = of_b[c] ? tile.column / 128 + row[c] : tile.row + row[c], kb = first_block + block[c];
-            from[c] = of_b[c] ? p.sb + tile.group * p.sb_group + at * p.sb_row + kb * p.sb_k
+            const int at = of_b[c] ? tile.column + row[c] * kSegment : tile.row + row[c], kb = first_block + block[c];
+            from[c] = of_b[c] ? p.sb + tile.group * p.sb_group + at / 128 * p.sb_row + kb * p.sb_k
                               : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + at * p.sa_row + kb * p.sa_k;
-            wants[c] = to[c] && (of_b[c] ? at * 128 < p.n : row[c] < tile.rows);
+            wants[c] = to[c] && (of_b[c] ? at < p.n : row[c] < tile.rows);
         }
         if (kScalesAhead && first) wait_for_first_load(), first = false;
         dependency_wait();
@@ -221,23 +222,20 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         }
 
         float sum[kWaves][kTileN / 2] = {};
-        const int b_split = keep(128 - tile.column % 128);       // columns of the tile before its second B scale
         const int scale_row = first_row + warp * 16 % kTileM + lane / 4 + scale_rows(p, tile).lead;
         const u32 sa_first = keep(shared_address(&s.stages[0].scales[0][scale_row]));
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         int kb = first_block;
         bool landed = false;                                     // the next stage
         auto turn = [&](auto first) {                            // a tile's first one: there are no sums yet
-            float scale_a[kItems][2], scale_b[kTurn][2], partial[kPartials][kTileN / 2];
+            float scale_a[kItems][2], scale_b[kTurn][kSegments], partial[kPartials][kTileN / 2];
             auto promote = [&](int item) {
                 const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item : 0;
                 if (j > 0 && kb + j >= blocks) return;
                 float scale[kSegments][2];
 #pragma unroll
                 for (int i = 0; i < kSegments; ++i)
-                    for (int half = 0; half < 2; ++half)
-                        scale[i][half] = scale_a[item][half] *
-                                         (i == 0 || i * kSegment < b_split ? scale_b[j][0] : scale_b[j][1]);
+                    for (int half = 0; half < 2; ++half) scale[i][half] = scale_a[item][half] * scale_b[j][i];
 #pragma unroll
                 for (int i = 0; i < kTileN / 2; ++i)
                     sum[w][i] = scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i] +
@@ -257,8 +255,9 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                         scale_a[item + i][0] = load_shared(sa, first_slot + wave * 64);
                         scale_a[item + i][1] = load_shared(sa, first_slot + wave * 64 + 8);
                         if (wave > 0) continue;
-                        scale_b[(item + i) % kTurn][0] = load_shared(sb, first_slot);
-                        if (kSegments > 1) scale_b[(item + i) % kTurn][1] = load_shared(sb, first_slot + 1);
+#pragma unroll
+                        for (int g = 0; g < kSegments; ++g)
+                            scale_b[(item + i) % kTurn][g] = load_shared(sb, first_slot + g);
                     }
                 }
                 const u32 a = a_stage + w * 64 * (kTileK / 16) + j * a_block, b = b_stage + j * kTileN * (kTileK / 16);

@@ -60,11 +60,12 @@ constexpr int kProducerRegisters = kConsumers == 3 || kDepth > 1 ? 56 : 40;
 constexpr bool kScalesAhead = !kSwapAB;
 constexpr int kScaleThreads = 96;                                // of the producer
 constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies: few and large enough
-constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + 4;     // a block's scales: of A's rows, two of B's
 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
 constexpr int kSegments = kTileN / kSegment;
+// A block's scales: of A's rows, then B's of each segment: consumers need not ask where in a tile B's next scale begins.
+constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
 constexpr int kColumns = kTileN / kSplit;                        // of the tile, that a CTA stores
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
@@ -75,7 +76,7 @@ constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes thr
 constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 
 static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
-static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192 && kTileN != 176, "at most two B scales a tile");
+static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192, "see wgmma.cuh; registers hold no more");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider clusters do not reach every SM");
 static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3), "see swapped.cuh");

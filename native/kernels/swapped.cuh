@@ -76,11 +76,10 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
         float sum[kSwappedRegisters] = {};
-        const int b_split = 128 - tile.column % 128 - row;       // rows of B from this thread's to the second scale
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             const u32 a = a_first + ring.offset / 16, b = b_first + ring.offset / 16;
-            float partial[kDepth][kWaves][kTokens / 2], scale_a[kDepth][kTokens / 4], scale_b[kDepth][2];
+            float partial[kDepth][kWaves][kTokens / 2], scale_a[kDepth][kTokens / 4], scale_b[kDepth][kWaves][2];
             barrier_wait(&stage.full, ring.phase);
             wgmma_fence();
 #pragma unroll
@@ -96,7 +95,10 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
             wgmma_commit();
 #pragma unroll
             for (int j = 0; j < kDepth; ++j) {
-                for (int i = 0; i < 2; ++i) scale_b[j][i] = stage.scales[j][kScalesOfB + i];
+                for (int i = 0; i < kWaves * 2; ++i) {
+                    const int segment = kSegments > 1 ? (i / 2 * 64 + i % 2 * 8 + row) / kSegment : 0;
+                    scale_b[j][i / 2][i % 2] = stage.scales[j][kScalesOfB + segment];
+                }
                 for (int i = 0; i < kTokens / 4; ++i)
                     scale_a[j][i] = stage.scales[j][i / 2 * 8 + token + i % 2];
             }
@@ -107,8 +109,7 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
 #pragma unroll
                 for (int i = 0; i < kSwappedRegisters; ++i) {
                     const int w = i / (kTokens / 2), r = i % (kTokens / 2);
-                    sum[i] += scale_a[j][r / 4 * 2 + r % 2] *
-                              (w * 64 + r / 2 % 2 * 8 < b_split ? scale_b[j][0] : scale_b[j][1]) * partial[j][w][r];
+                    sum[i] += scale_a[j][r / 4 * 2 + r % 2] * scale_b[j][w][r / 2 % 2] * partial[j][w][r];
                 }
         }
         if constexpr (kSplit > 1)                                // the vote: see multiply()

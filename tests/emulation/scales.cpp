@@ -3,8 +3,8 @@
 
 namespace {
 
-// What one fill of a stage must hold: of each block, the scale of each row that exists and those of B; of A's all but
-// what bulk copies bring.
+// What one fill of a stage must hold: of each block, the scale of each row and of each segment of columns that exists; of
+// A's all but what bulk copies bring.
 void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std::vector<Copy>>& fills,
            const Stage& stage) {
     const int blocks = blocks_of_k(p), last = min(kTileM, max(p.m - tile.row, 0)), bulk = p.sa_by_bulk ? last / 4 * 4 : 0;
@@ -15,22 +15,21 @@ void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std:
             if (slot < 0 || slot >= kDepth * kScaleSlots) fail("outside of the stage's scales", tile.row, tile.column);
             const int j = static_cast<int>(slot) / kScaleSlots, i = static_cast<int>(slot) % kScaleSlots;
             const bool of_a = i < kTileM;
-            const int of_b = i - kScalesOfB, block = tile.column / 128 + of_b;
-            if (seen[slot] || (of_a ? i < bulk || i >= last : of_b < 0 || of_b > 1 || (!p.sa_by_bulk && block * 128 >= p.n)))
+            const int of_b = i - kScalesOfB, column = tile.column + of_b * kSegment;
+            if (seen[slot] || (of_a ? i < bulk || i >= last : of_b < 0 || of_b >= kSegments || column >= p.n))
                 fail("copied twice, or not to be copied", j, i);
             seen[slot] = true;
-            const bool valid = kb + j < blocks && (of_a ? tile.row + i < p.m : block * 128 < p.n);
+            const bool valid = kb + j < blocks && (!of_a || tile.row + i < p.m);
             if (c.valid != valid) fail("wrong validity", j, i);
             const float* from = of_a ? p.sa + (tile.row + i) * p.sa_row + (kb + j) * p.sa_k
-                                     : p.sb + block * p.sb_row + (kb + j) * p.sb_k;
+                                     : p.sb + column / 128 * p.sb_row + (kb + j) * p.sb_k;
             if (valid && c.from != from) fail("wrong source", j, i);
         }
     for (int j = 0; j < kDepth; ++j) {
         for (int i = bulk; i < last; ++i)
             if (!seen[j * kScaleSlots + i]) fail("A's not copied", j, i);
-        for (int i = 0; i < 2; ++i)
-            if (!seen[j * kScaleSlots + kScalesOfB + i] && (tile.column / 128 + i) * 128 < p.n)
-                fail("B's not copied", j, i);
+        for (int i = 0; i < kSegments; ++i)
+            if (!seen[j * kScaleSlots + kScalesOfB + i] && tile.column + i * kSegment < p.n) fail("B's not copied", j, i);
     }
 }
 
