@@ -202,6 +202,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     const u32 empty_first = keep(empty_of_first(s));
     const u32 sb_first = keep(shared_address(&s.stages[0].scales[0][kScalesOfB]));
     u32 rounds = 0;
+    if (kInTurn && consumer == kConsumers - 1) yield_tensor_core(consumer);      // to the first
     Ring ring;
     Scheduler tiles(p);
     // Where a tile's first turn is apart, it asks for the next tile; else the loop's head does. Once a tile, either way.
@@ -215,6 +216,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         if (__any_sync(0xffffffff, tile.rows <= first_row)) {
             for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
                 barrier_wait(&ring.stage(s).full, ring.phase);
+                if (kInTurn) take_tensor_core(consumer), yield_tensor_core(consumer);
                 release(empty_first + ring.offset);
             }
             more = kFirstApart && tiles.next(next);
@@ -261,12 +263,14 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                     }
                 }
                 const u32 a = a_stage + w * 64 * (kTileK / 16) + j * a_block, b = b_stage + j * kTileN * (kTileK / 16);
+                if (kInTurn) take_tensor_core(consumer);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < kTileK / 32; ++k)
                     Wgmma<kTileN>::mma(partial[item % kPartials], wgmma_operand(a + 2 * k), wgmma_operand(b + 2 * k),
                                        k > 0);
                 wgmma_commit();
+                if (kInTurn) yield_tensor_core(consumer);
                 if (first.value && item == 0) more = tiles.next(next);
                 if (item % kStageItems == kStageItems - 1) {     // the last
                     used_before = used, used = empty_first + ring.offset;

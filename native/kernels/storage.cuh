@@ -40,7 +40,7 @@ __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
 
 // Named barriers, beside 1 to 3 of the consumers. Every warp counts once in each, by waiting or in passing. Where CTAs share
 // stages, the cluster's barrier takes the place of kReady.
-constexpr int kReady = 0, kLoading = 4;
+constexpr int kReady = 0, kLoading = 4, kTensorCore = 5;      // the last: of each consumer
 
 // Until all barriers are set up, and those of CTAs that share stages. (Peers that split K meet at their sums.)
 __device__ void wait_for_barriers() {
@@ -50,6 +50,12 @@ __device__ void wait_for_barriers() {
 
 // Until the first load is issued. Its warp then need not share the fetching of its code.
 __device__ void wait_for_first_load() { named_barrier_sync(kLoading, kThreads); }
+
+// Consumers that issue wgmmas one after another: until it is this one's turn; then it is the next one's.
+__device__ void take_tensor_core(int consumer) { named_barrier_sync(kTensorCore + consumer, 2 * 128); }
+__device__ void yield_tensor_core(int consumer) {
+    named_barrier_arrive(kTensorCore + (consumer + 1) % kConsumers, 2 * 128);
+}
 
 // The ring position: a stage, and a phase that flips on each wrap. In bytes, so that a step is one addition, to
 // addresses and wgmma's operands alike: what a consumer computes between two wgmmas is time that the tensor core loses.
