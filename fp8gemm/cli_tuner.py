@@ -25,6 +25,12 @@ def tune(
     kind: Annotated[str, typer.Option(metavar="|".join(KINDS), help="Kind of problem.")] = "dense",
     groups: Annotated[int, typer.Option(min=1, help="Weights of a grouped problem.")] = 1,
     expected_m: Annotated[int, typer.Option(min=0, help="Rows that a group has on average; 0: unknown.")] = 0,
+    row_scales: Annotated[
+        bool,
+        typer.Option(
+            "--row-scales", metavar="", help="A's scales lie row-major (else column-major); each layout has its winner."
+        ),
+    ] = False,
     misses: Annotated[
         bool, typer.Option("--misses", metavar="", help="What calls asked for and the store lacked, most-called first.")
     ] = False,
@@ -68,6 +74,7 @@ def tune(
         problems = [p for name in preset or () for p in presets.preset(name, rows)]
         if n is not None and k is not None:
             problems += [presets.problem(KINDS.index(kind), m, n, k, groups, expected_m) for m in ms or ()]
+        problems = [p._replace(row_scales=row_scales) for p in problems]
         with Writer() as writer, render_tune.live(as_json) as show:
             tasks = presets.tasks(problems, target.device, limits)
             tasks = list(dict.fromkeys(tasks + (writer.misses(target.device) if misses else [])))

@@ -130,6 +130,8 @@ class Task(NamedTuple):
         parts = [f"{p.m}x{p.n}x{p.k}"]
         if p.kind:
             parts += [KINDS[p.kind], f"{p.groups} groups"] + ([f"of {p.expected_m}"] if p.expected_m else [])
+        if p.row_scales:
+            parts.append("row-major scales")
         if self.num_sms != self.sms:
             parts.append(f"on {self.num_sms}")
         return " ".join(parts)

@@ -102,6 +102,15 @@ def test_tune_limits_and_kinds() -> None:
     assert (code, problem["kind"], problem["groups"], problem["expected_m"]) == (0, "masked", 2, 32)
 
 
+def test_tune_a_layout_of_scales() -> None:
+    """Both layouts have a winner of their own; where one is missing the other's serves (test_store.py)."""
+    for option, wanted in (([], 0), (["--row-scales"], 1)):
+        code, report = call_json(*TINY, "--m", "16", *option)
+        assert (code, [problem["row_scales"] for problem in report["problems"]]) == (0, [wanted])
+    assert sorted(row["row_scales"] for row in store.rows("winners")) == [0, 1]
+    assert "16x64x128 row-major scales" in call("plans", "list").stdout
+
+
 def test_tune_within_a_budget() -> None:
     code, report = call_json("tune", "--device", "cpu", "--preset", "llama3", "--m", "16", "--budget", "0.1")
     assert code == 0

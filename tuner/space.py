@@ -13,7 +13,7 @@ from fp8gemm.layout import ceil_div
 from fp8gemm.plan import Plan, compiled_space
 from fp8gemm.store import AnyPlan, Task
 
-MOST = 100  # kernels that a sweep tries
+MOST = 130  # kernels that a sweep tries
 SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
 HOPELESS = 3.0  # and where it is
 POLICIES = ("evict_normal", "evict_first")  # evict_last gains nothing (native/README.md)

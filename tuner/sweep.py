@@ -18,8 +18,8 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FINALISTS = 4  # of one stage, each of another tile, lend their plans to the next
-FINAL = 10  # plans of the last stage race once more
+FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
+FINAL = 12  # plans of the last stage race once more, and the best of the finalists' tiles
 FINAL_SECONDS = 4.0  # of running plans at most, unless fewer rounds than any race's would fit
 
 
@@ -121,7 +121,8 @@ class Sweep:
         if len(standings) < 2 or self.stop():
             return standings
         stay = [self.default, self.incumbent, self._frugal(standings, next(iter(standings)))]
-        plans = list(dict.fromkeys([*list(standings)[:FINAL], *(plan for plan in stay if plan in standings)]))
+        first = [*list(standings)[:FINAL], *space.of_different_tiles(standings, FINALISTS)]
+        plans = list(dict.fromkeys([*first, *(plan for plan in stay if plan in standings)]))
         self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
         longest = FINAL_SECONDS / sum(standings[plan].seconds for plan in plans)
         rounds = min(FINAL_ROUNDS, max(MOST_ROUNDS, int(longest)))
