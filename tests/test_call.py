@@ -143,14 +143,25 @@ def test_a_dense_launch() -> None:
 
 @on_stub_gpus
 def test_boxes_of_d() -> None:
-    """One for a whole tile where N is whole panels of it; else one a panel, which TMA clips at N."""
-    for n, shape, strides, panels in ((4224, [64, 1000, 66], [128], 3), (4200, [4200, 1000, 1], [8400], 1)):
+    """One for a whole tile where N is whole panels of it; else one a panel, which TMA clips at N.
+
+    Panels are 64 or 32 columns, swizzled, or all of a tile's.
+    """
+    none, swizzle_64, swizzle_128 = 0, 2, 3
+    for tile_n, n, shape, strides, panel, panels, swizzle in (
+        (192, 4224, [64, 1000, 66], [128], 64, 3, swizzle_128),
+        (192, 4200, [4200, 1000, 1], [8400], 64, 1, swizzle_128),
+        (160, 4224, [32, 1000, 132], [64], 32, 5, swizzle_64),
+        (176, 4224, [176, 1000, 24], [352], 176, 1, none),
+        (176, 4200, [4200, 1000, 1], [8400], 176, 1, none),
+    ):
         call = operands(m=1000, n=n, k=1040)
         call.public()
         (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.row_scales) == (1024, n, 0)]
-        planner.publish(listed.key, Plan(128, 192, 4, num_sms=132), True)
+        planner.publish(listed.key, Plan(128, tile_n, 4, num_sms=132), True)
         (found,) = launched(call.without_python)
-        assert found["d"][1:4] == [[*shape, 1], [2 * n, *strides, 2 * n], [64, 64, panels, 1]]
+        assert found["d"][1:4] == [[*shape, 1], [2 * n, *strides, 2 * n], [panel, 64, panels, 1]]
+        assert found["d"][5] == swizzle
 
 
 @on_stub_gpus

@@ -25,7 +25,7 @@ constexpr int kLeastShared = 116 << 10;
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// What a tensor map shows of a matrix or a stack of them, and in which swizzled boxes.
+// What a tensor map shows of a matrix or a stack of them, and in which boxes: swizzled if their rows are 128 or 64 bytes.
 struct Box {
     int columns, rows;
     bool deep = false, blocked = false;          // deep: a third dimension for blocks of columns, one or (blocked) all
@@ -33,9 +33,9 @@ struct Box {
 };
 
 int encode_map(const Driver& cu, const fp8gemm_tensor& t, const Box& b, const char* name, TensorMap* map) {
-    enum { kUint8 = 0, kUint16 = 1, kSwizzle32 = 1, kSwizzle64 = 2, kSwizzle128 = 3, kPromote256 = 3 };
+    enum { kUint8 = 0, kUint16 = 1, kNoSwizzle = 0, kSwizzle64 = 2, kSwizzle128 = 3, kPromote256 = 3 };
     const int row = t.ndim - 2, size = t.dtype_bits / 8, bytes = b.columns * size;
-    const int swizzle = bytes == 128 ? kSwizzle128 : bytes == 64 ? kSwizzle64 : kSwizzle32;
+    const int swizzle = bytes == 128 ? kSwizzle128 : bytes == 64 ? kSwizzle64 : kNoSwizzle;
     const uint64_t columns = t.shape[row + 1], rows = t.shape[row], row_bytes = t.stride[row] * size;
     const uint64_t groups = row ? t.shape[0] : 1, group_bytes = row ? t.stride[0] * size : row_bytes;
     uint64_t dims[4] = {columns, rows, groups}, strides[3] = {row_bytes, group_bytes};
@@ -53,8 +53,6 @@ int encode_map(const Driver& cu, const fp8gemm_tensor& t, const Box& b, const ch
                 static_cast<unsigned long long>(groups), static_cast<unsigned long long>(row_bytes),
                 static_cast<unsigned long long>(group_bytes), result);
 }
-
-int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
 // Everything but the maps and the plan.
 GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
@@ -166,7 +164,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     params.a_box_rows = a.rows, params.a_box_blocks = a.blocks, params.b_box_blocks = b.blocks;
     FP8GEMM_TRY(encode_map(*cu, o->a, a, "a", &params.a));
     FP8GEMM_TRY(encode_map(*cu, o->b, b, "b", &params.b));
-    const int panel = greatest_common_divisor(plan->tile_n, 64), consumers = plan->threads / 128 - 1;
+    const int panel = panel_columns(plan->tile_n), consumers = plan->threads / 128 - 1;
     params.d_blocked = p->n % panel == 0;
     const Box d{panel, plan->tile_m / consumers, true, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
     if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));

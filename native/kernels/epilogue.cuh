@@ -60,24 +60,25 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
     }
 }
 
-// Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of kPanel columns.
+// Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of 128 or 64 bytes.
 __device__ u32 panel_offset(int row, int column) {
     const u32 offset = (row * kPanel + column) * sizeof(u16);
-    return offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16));
+    return kPanel % 32 ? offset : offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16));
 }
 
 // 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others.
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
     const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
-    // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... A step's columns set bits that are 0 here
-    // and that the swizzle does not read: XOR takes the place of swizzling each anew.
+    // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... Of a swizzled panel a step's columns set bits
+    // that are 0 here and that the swizzle does not read: XOR takes the place of swizzling each anew.
     const u32 at = panel_offset(first + warp * 16 + lane % 16, lane / 16 * 8);
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel;
         const float* v = &sum[j * 8];
-        store_matrix_x4(shared_address(panels[panel]) + (at ^ column * sizeof(u16)), pack_bf16(v[0], v[1]),
-                        pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        const u32 to = kPanel % 32 ? at + column * sizeof(u16) : at ^ column * sizeof(u16);
+        store_matrix_x4(shared_address(panels[panel]) + to, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
+                        pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
     }
 }
 

@@ -54,6 +54,10 @@ inline void set_raster(GemmParams& p, int raster, int columns) {
     p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(band < 0x7FFFFFFF ? band : 0x7FFFFFFF);
 }
 
+// Columns of D that lie together in shared memory, a panel: 64 or 32, swizzled, or where these don't fit all of a tile's. Its
+// rows then start in four places of the banks, which does without swizzling; panels of 16 would take TMA much longer.
+constexpr int panel_columns(int columns) { return columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : columns; }
+
 // One quantisation: x (rows, columns) -> q e4m3, s FP32. Strides in elements.
 struct CastParams {
     const void* x;

@@ -73,7 +73,7 @@ constexpr int kColumns = kTileN / kSplit;                        // of the tile,
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
                               : kPartThreads * kColumns / 8;
-constexpr int kPanel = greatest_common_divisor(kColumns, 64);    // of these, stored together, swizzled
+constexpr int kPanel = panel_columns(kColumns);
 constexpr int kPanels = kColumns / kPanel;
 constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
 constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
