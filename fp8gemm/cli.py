@@ -1,7 +1,7 @@
 """The command line: options in, exit codes out. What the commands do is in modules of their own, imported when needed.
 
 Exit codes: 0 well; 1 a wrong result, or something broke; 2 wrong options, or this machine lacks what they ask for.
-`doctor` adds 3: only the CPU backend can run.
+`doctor` and `daemon` add 3 and 4, and say so.
 """
 
 import sys
@@ -21,7 +21,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (Fp8GemmError, ImportError) as error:
+        except (Fp8GemmError, ImportError, OSError) as error:
             print(f"fp8gemm: {error}", file=sys.stderr)
             raise typer.Exit(2 if isinstance(error, (BackendUnavailable, OperandError)) else 1) from None
 
@@ -46,6 +46,7 @@ def main(
     """FP8 GEMMs with fine-grained scales for NVIDIA Hopper, and a CPU backend for every other machine.
 
     Exit codes: 0 well; 1 a wrong result, or something broke; 2 wrong options, or this machine lacks what they ask for.
+    `doctor` and `daemon` add 3 and 4, and say so.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

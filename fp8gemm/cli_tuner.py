@@ -19,12 +19,17 @@ Preset = Annotated[
 
 def tune(
     preset: Preset = None,
-    m: Annotated[str | None, typer.Option("--m", metavar="M,M,...", help="Rows of A; of one group if masked.")] = None,
+    m: Annotated[
+        str | None,
+        typer.Option(
+            "--m", metavar="M,M,...", help="Rows of A (of one group if masked), or of a preset's dense layers."
+        ),
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Columns of D, rows of B.")] = None,
     k: Annotated[int | None, typer.Option("--k", min=16, help="Columns of A and B, a multiple of 16.")] = None,
     kind: Annotated[str, typer.Option(metavar="|".join(KINDS), help="Kind of problem.")] = "dense",
     groups: Annotated[int, typer.Option(min=1, help="Weights of a grouped problem.")] = 1,
-    expected_m: Annotated[int, typer.Option(min=0, help="Rows that a group has on average; 0: unknown.")] = 0,
+    expected_m: Annotated[int, typer.Option(min=0, help="As the calls pass it; 0: not at all.")] = 0,
     row_scales: Annotated[
         bool,
         typer.Option(
@@ -57,12 +62,17 @@ def tune(
         raise typer.BadParameter(f"{kind!r}; must be one of {', '.join(KINDS)}", param_hint="--kind")
     if k is not None and k % 16:
         raise typer.BadParameter(f"{k}; must be a multiple of 16", param_hint="--k")
-    if (n is None) != (k is None) or (n is not None and ms is None):
-        raise typer.BadParameter("a problem needs --m, --n and --k", param_hint="--n")
-    if n is None and not preset and not misses:
+    named = n is not None and k is not None
+    if (n is None) != (k is None) or (named and ms is None) or (ms and not named and not preset):
+        raise typer.BadParameter("a problem needs --m, --n and --k, all three", param_hint="--m, --n, --k")
+    if not named and not preset and not misses:
         raise typer.BadParameter(
             "name problems by --preset, by --m, --n and --k, or by --misses", param_hint="--preset"
         )
+    if (groups != 1 or expected_m) and kind == "dense":
+        raise typer.BadParameter("a dense problem has neither", param_hint="--groups, --expected-m")
+    if kind != "dense" and not named:
+        raise typer.BadParameter("goes with --m, --n and --k", param_hint="--kind")
     from . import render_tune
     from .tuner import presets, tune
     from .tuner.target import open_target
@@ -70,11 +80,12 @@ def tune(
 
     target = open_target(where)
     try:
+        if row_scales and target.device.is_cpu:
+            raise typer.BadParameter("the CPU backend has one plan for both layouts", param_hint="--row-scales")
         rows = ms or (list(presets.CPU_ROWS) if target.device.is_cpu else None)
-        problems = [p for name in preset or () for p in presets.preset(name, rows)]
-        if n is not None and k is not None:
-            problems += [presets.problem(KINDS.index(kind), m, n, k, groups, expected_m) for m in ms or ()]
-        problems = [p._replace(row_scales=row_scales) for p in problems]
+        problems = [p._replace(row_scales=row_scales) for name in preset or () for p in presets.preset(name, rows)]
+        if n is not None and k is not None:  # `named`, in mypy's words
+            problems += [presets.called(KINDS.index(kind), m, n, k, groups, expected_m, row_scales) for m in ms or ()]
         with Writer() as writer, render_tune.live(as_json) as show:
             tasks = presets.tasks(problems, target.device, limits)
             tasks = list(dict.fromkeys(tasks + (writer.misses(target.device) if misses else [])))
@@ -189,7 +200,9 @@ def export_plans(
 
 @plans.command("import")
 def import_plans(
-    file: Annotated[Path, typer.Argument(help="A file of `fp8gemm plans export`.", metavar="FILE", exists=True)],
+    file: Annotated[
+        Path, typer.Argument(help="A file of `fp8gemm plans export`.", metavar="FILE", exists=True, dir_okay=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Take the winners of an exported file over, in place of one's own. Exit code 1 if it is none, or some are odd."""
@@ -215,7 +228,8 @@ def clear_plans(
     from .tuner.writer import Writer
 
     with Writer() as writer:
-        _tell({"deleted": writer.clear(winners=not misses)}, as_json)
+        deleted = writer.clear(winners=not misses)
+    _tell({"deleted": deleted} if as_json else {f"deleted {table}": n for table, n in deleted.items()}, as_json)
 
 
 def _tell(facts: dict[str, Any], as_json: bool) -> None:

@@ -132,6 +132,7 @@ def _call(
     (a, sa), (b, sb) = _pair(lhs, "lhs"), _pair(rhs, "rhs")
     if isinstance(expected_m, bool) or not isinstance(expected_m, int) or expected_m < 0:
         raise OperandError("expected_m", f"{expected_m!r}; must be an int of at least 0")
+    planner.check_invariance(batch_invariant)
     device_id = cuda_device(a)
     handle = call_stream(stream, a if d is None else d, device_id)
 

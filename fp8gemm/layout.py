@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import backends
-from .dlpack import F32, Tensor, call_stream, cuda_device, hold, read, require_aligned
+from .dlpack import F32, Tensor, call_stream, cuda_device, hold, read, require_aligned, type_name
 from .errors import DTypeError, OperandError, ShapeError
 
 M_ALIGNMENT = 128
@@ -38,7 +38,7 @@ def get_col_major_tma_aligned_tensor(x: Any, *, stream: Any = None) -> Tensor:
     source = read(x, "x", handle)
     view = source.tensor
     if (view.dtype_code, view.dtype_bits) != (F32.code, F32.bits):
-        raise DTypeError("x", f"dtype code {view.dtype_code}, {view.dtype_bits} bits; must be float32")
+        raise DTypeError("x", f"dtype {type_name(view)}, expected float32")
     if view.ndim not in (2, 3):
         raise ShapeError("x", f"rank {view.ndim}; must be 2 or 3")
     require_aligned(view, "x")

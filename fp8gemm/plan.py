@@ -194,7 +194,8 @@ class Plan(NamedTuple):
         split = f" split {self.split}" if self.split > 1 else ""
         swapped = " swapped" if self.swap_ab else ""
         compiled = f"{self.tile_m}x{self.tile_n}{swapped} stages {self.stages}{depth}{cluster}{split}"
-        return f"{compiled} sms {self.num_sms} raster {self.raster}"
+        policy = "" if self.b_policy == "evict_normal" else f" {self.b_policy}"
+        return f"{compiled} sms {self.num_sms} raster {self.raster}{policy}"
 
 
 def reference_kernel(kind: int, output_fp32: bool = False) -> Kernel:

@@ -6,7 +6,7 @@ import ctypes
 import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import backends, compiler, cost, native, store
 from .backends import CpuPlan, cpu_device
@@ -69,6 +69,12 @@ def set_batch_invariant(enabled: bool) -> None:
 def get_batch_invariant() -> bool:
     """What `set_batch_invariant` said."""
     return bool(native.library().batch_invariant())
+
+
+def check_invariance(batch_invariant: Any) -> None:
+    """Raises OperandError unless a call may say that."""
+    if not (batch_invariant is None or isinstance(batch_invariant, bool)):
+        raise OperandError("batch_invariant", f"{batch_invariant!r}; must be a bool, or None: as set")
 
 
 def make_key(found: native.Problem, expected_m: int = 0, batch_invariant: bool | None = False) -> native.Key:
@@ -242,6 +248,9 @@ def prepare(shapes: Shapes | Iterable[Shapes], *, device: int = 0, batch_invaria
 
     Raises OperandError for impossible shapes, BackendUnavailable if `device` cannot run them, CompileError.
     """
+    if isinstance(device, bool) or not isinstance(device, int):
+        raise OperandError("device", f"{device!r}; must be the number of a GPU")
+    check_invariance(batch_invariant)
     require_hopper(device)
     native.library().check_fork()
     wanted = [shapes] if isinstance(shapes, Shapes) else list(shapes)

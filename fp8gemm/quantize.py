@@ -9,7 +9,7 @@ A NaN makes its whole block NaN.
 from typing import Any
 
 from . import backends, native
-from .dlpack import E4M3, F32, Tensor, call_stream, cuda_device, hold, read, require_aligned
+from .dlpack import E4M3, F32, Tensor, call_stream, cuda_device, hold, read, require_aligned, type_name
 from .errors import DeviceError, DTypeError, LayoutError, OperandError, ShapeError
 from .layout import ceil_div
 
@@ -44,7 +44,7 @@ def _cast(per_block: bool, x: Any, out: tuple[Any, Any] | None, stream: Any) -> 
     view = tensors["x"].tensor
     input_type = _INPUT_TYPES.get((view.dtype_code, view.dtype_bits))
     if input_type is None:
-        raise DTypeError("x", f"dtype code {view.dtype_code}, {view.dtype_bits} bits; must be bf16, fp16 or fp32")
+        raise DTypeError("x", f"dtype {type_name(view)}, expected bfloat16 (or uint16), float16 or float32")
     if view.ndim != 2:
         raise ShapeError("x", f"rank {view.ndim}; must be 2")
     if view.shape[0] and view.shape[1] > 1 and view.stride[1] != 1:
@@ -79,7 +79,7 @@ def _check_output(
 ) -> None:
     if (t.dtype_code, t.dtype_bits) not in types:
         wanted = "float8_e4m3fn or uint8" if name == "q" else "float32"
-        raise DTypeError(name, f"dtype code {t.dtype_code}, {t.dtype_bits} bits; must be {wanted}")
+        raise DTypeError(name, f"dtype {type_name(t)}, expected {wanted}")
     if tuple(t.shape[: t.ndim]) != shape:
         raise ShapeError(name, f"shape {tuple(t.shape[: t.ndim])}, expected {shape}")
     if t.read_only:

@@ -423,7 +423,6 @@ def test_what_is_not_common_goes_the_long_way() -> None:
         ({"stream": Stream()}, 0x33),
         ({"validate": True}, 1),
         ({"expected_m": 10**30}, 1),
-        ({"batch_invariant": 1}, 1),
         ({"d": None}, 1),
     ):
         uncommon = call._replace(**changes)

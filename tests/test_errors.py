@@ -241,6 +241,8 @@ CASES: list[Case] = [
     ("ragged", "expected_m", lambda x: x.update(expected_m=-1), OperandError, "expected_m", ("-1", "at least 0")),
     ("masked", "expected_m", lambda x: x.update(expected_m=1.5), OperandError, "expected_m", ("1.5", "an int")),
     ("masked", "true", lambda x: x.update(expected_m=True), OperandError, "expected_m", ("True", "an int")),
+    ("dense", "maybe", lambda x: x.update(batch_invariant="no"), OperandError, "batch_invariant", ("'no'", "a bool")),
+    ("dense", "one", lambda x: x.update(batch_invariant=1), OperandError, "batch_invariant", ("1", "a bool")),
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The commands of the tuner: tune, plans, warmup, as a user calls them."""
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from fp8gemm.cli import app
 from fp8gemm.errors import CompileError
 from fp8gemm.problem import Problem
 from fp8gemm.store import Task
+from fp8gemm.tuner import presets
 
 ROOT = Path(__file__).parent.parent
 TINY = ("tune", "--device", "cpu", "--n", "64", "--k", "128")
@@ -99,16 +101,40 @@ def test_tune_limits_and_kinds() -> None:
     assert all(problem["plan"]["threads"] <= problem["num_sms"] for problem in report["problems"])
     code, report = call_json(*TINY, "--m", "64", "--kind", "masked", "--groups", "2", "--expected-m", "20")
     (problem,) = report["problems"]
-    assert (code, problem["kind"], problem["groups"], problem["expected_m"]) == (0, "masked", 2, 32)
+    assert (code, problem["kind"], problem["groups"], problem["expected_m"]) == (0, "masked", 2, 16)
 
 
-def test_tune_a_layout_of_scales() -> None:
-    """Both layouts have a winner of their own; where one is missing the other's serves (test_store.py)."""
-    for option, wanted in (([], 0), (["--row-scales"], 1)):
-        code, report = call_json(*TINY, "--m", "16", *option)
-        assert (code, [problem["row_scales"] for problem in report["problems"]]) == (0, [wanted])
-    assert sorted(row["row_scales"] for row in store.rows("winners")) == [0, 1]
-    assert "16x64x128 row-major scales" in call("plans", "list").stdout
+def test_problems_are_what_calls_look_up() -> None:
+    """As their keys say it: expected_m of the masked kind is 1.2 times the mean, a layout of scales a GPU's affair."""
+    for kind, expected_m, row_scales in itertools.product(range(4), (0, 20, 96), (False, True)):
+        found = native.Problem(kind, native.CPU, 0, 250, 64, 128, 2, True, True, True)
+        problem = presets.called(kind, 250, 64, 128, 2, expected_m, row_scales)
+        assert problem == planner.problem_of(planner.make_key(found, expected_m))._replace(row_scales=row_scales)
+    code, report = call_json(*TINY, "--m", "250", "--kind", "masked", "--groups", "2", "--expected-m", "96")
+    found = native.Problem(native.MASKED, native.CPU, 0, 250, 64, 128, 2, True, True, True)
+    plan, from_store = planner.choose(planner.make_key(found, 96))
+    assert (code, from_store) == (0, True)
+    assert plan is not None
+    assert plan._asdict() == report["problems"][0]["plan"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--n", "64", "--m", "8"], "--m, --n, --k"),
+        (["--m", "8", "--misses"], "--m, --n, --k"),
+        ([*TINY[1:], "--m", "8", "--groups", "2"], "--groups, --expected-m"),
+        ([*TINY[1:], "--m", "8", "--expected-m", "2"], "--groups, --expected-m"),
+        (["--preset", "llama3", "--kind", "masked"], "--kind"),
+        ([*TINY[1:], "--m", "8", "--row-scales"], "--row-scales"),
+    ],
+    ids=repr,
+)
+def test_options_that_tune_would_have_to_ignore(options: list[str], words: str) -> None:
+    result = call("tune", "--device", "cpu", *options)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert store.rows("winners") == []
 
 
 def test_tune_within_a_budget() -> None:

@@ -68,11 +68,14 @@ class Builder:
         wanted = list(dict.fromkeys(kernels))
         self.submit(wanted)
         futures = {self._futures[kernel] for kernel in wanted}
-        pending = futures
-        while pending and not stop():
-            told(len(futures) - len(pending), len(futures))
+        pending, heard = futures, None
+        while True:
+            if heard != len(pending):
+                told(len(futures) - len(pending), len(futures))
+                heard = len(pending)
+            if not pending or stop():
+                break
             _, pending = wait(pending, timeout=0.2)
-        told(len(futures) - len(pending), len(futures))
         try:
             return {k: self._futures[k].result(0) if self._futures[k].done() else "stopped" for k in wanted}
         except BrokenProcessPool as error:

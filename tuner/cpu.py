@@ -29,8 +29,6 @@ class CpuRig:
         grouped, masked = p.kind != native.DENSE, p.kind == native.MASKED
         rows, weights = ((p.groups,) if masked else ()), ((p.groups,) if grouped else ())
         self.a, self.sa = _codes(rng, (*rows, p.m, p.k)), _scales(rng, (*rows, p.m, blocks))
-        if not p.row_scales:
-            self.sa = np.ascontiguousarray(self.sa.swapaxes(-1, -2)).swapaxes(-1, -2)
         self.b = _codes(rng, (*weights, p.n, p.k))
         self.sb = _scales(rng, (*weights, ceil_div(p.n, accuracy.BLOCK), blocks))
         self.d = np.empty((*rows, p.m, p.n), np.uint16)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from fp8gemm import native
+from fp8gemm import native, planner
 from fp8gemm.device import Device
 from fp8gemm.errors import OperandError
 from fp8gemm.planner import bucket
@@ -36,6 +36,12 @@ def preset(name: str, ms: Sequence[int] | None = None) -> list[Problem]:
 def problem(kind: int, m: int, n: int, k: int, groups: int = 1, expected_m: int = 0) -> Problem:
     """A problem as calls look it up: rows rounded up to their buckets."""
     return Problem(kind, bucket(m), n, k, groups, bucket(min(expected_m, m)))
+
+
+def called(kind: int, m: int, n: int, k: int, groups: int, expected_m: int, row_scales: bool) -> Problem:
+    """The problem of calls with these sizes, `expected_m` as they pass it."""
+    found = native.Problem(kind, native.CPU, 0, m, n, k, groups, True, True, True)
+    return planner.problem_of(planner.make_key(found, expected_m))._replace(row_scales=row_scales)
 
 
 def tasks(problems: Iterable[Problem], device: Device, limits: Sequence[int] | None = None) -> list[Task]:

@@ -245,7 +245,8 @@ class Writer:
 
         Raises ValueError if it is no export.
         """
-        if not isinstance(exported, dict) or exported.get("fp8gemm plans") != EXPORT_VERSION:
+        version = exported.get("fp8gemm plans") if isinstance(exported, dict) else None
+        if version != EXPORT_VERSION or not isinstance(exported.get("winners"), list):
             raise ValueError(f"no export of plans of version {EXPORT_VERSION}")
         columns = {row["name"] for row in self.connection.execute("PRAGMA table_info(winners)")}
         rows = [row for row in exported["winners"] if isinstance(row, dict) and _sound(row, columns)]
