@@ -76,12 +76,14 @@ fp8gemm/kernels:
 fp8gemm/tuner:
 	ln -sfn ../tuner $@
 
-# One stamp for each set of dependencies. --without-pip, because Debian ships ensurepip apart.
+# One stamp for each set of dependencies. --without-pip, because Debian ships ensurepip apart. On a GPU the benchmark checks
+# its results with PyTorch and has it to compare with: gigabytes, where a driver is.
+.venv/for-run:   BESIDE = $(if $(wildcard /proc/driver/nvidia/version),torch)
 .venv/for-test:  EXTRAS = [test]
 .venv/for-check: EXTRAS = [test,check]
 .venv/for-%: pyproject.toml setup.py | .venv/bin/python
-	@echo "setting up .venv for fp8gemm$(EXTRAS): a minute or two, once"
-	@$(PIP) install --quiet --editable '.$(EXTRAS)'
+	@echo "setting up .venv for fp8gemm$(EXTRAS)$(addprefix  and ,$(BESIDE)): a minute or two, once"
+	@$(PIP) install --quiet --editable '.$(EXTRAS)' $(BESIDE)
 	@touch $@
 
 .venv/bin/python:

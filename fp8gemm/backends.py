@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from . import compiler, device, native
-from .errors import BackendUnavailable, CompilerNotFound
+from .errors import BackendUnavailable, CompilerNotFound, OperandError
 from .plan import K_ASCENDING, Kernel, cast_kernel, copy_kernel
 
 _kernels: dict[tuple[int, Kernel], ctypes.c_void_p] = {}
@@ -124,7 +124,13 @@ def cpu_threads() -> int:
 
 
 def cpu_device() -> device.Device:
-    """This machine's CPU as plans and the store see it: its cores as SMs."""
+    """This machine's CPU as plans and the store see it: its cores as SMs.
+
+    Raises OperandError for an FP8GEMM_CPU that says nothing.
+    """
+    limit = os.environ.get("FP8GEMM_CPU", "")
+    if limit not in ("", "avx512f", "avx2", "baseline"):
+        raise OperandError("FP8GEMM_CPU", f"{limit!r}; must be avx2 or baseline")
     name = f"{device.cpu_name()}, {native.library().cpu_features().decode()}"
     return device.Device(name, (0, 0), cpu_threads(), 0, 0, 0.0, 0.0)
 

@@ -58,9 +58,9 @@ def doctor(as_json: Json = False) -> None:
 
     Exit codes: 0 a Hopper GPU runs GEMMs; 3 only the CPU backend does; 1 nothing does.
     """
-    from . import doctor, render_doctor
+    from . import doctor, live, render_doctor
 
-    with options.progress() as say:
+    with options.progress() as say, live.uncounted():
         say("examining this machine")
         report = doctor.examine()
     if as_json:
@@ -96,9 +96,9 @@ def bench(
     weights = None if not shape else [options.weights(text) for text in shape]
     ms = options.positives(m, "--m")
     where = options.device(device)
-    from . import bench, render_bench
+    from . import bench, live, render_bench
 
-    with options.progress() as say:
+    with options.progress() as say, live.uncounted():
         result = bench.run(where, quick, weights, ms, rounds, say)
     if as_json:
         options.print_json(render_bench.as_json(result))

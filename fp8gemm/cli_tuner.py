@@ -52,7 +52,9 @@ def tune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure plans on this machine and keep the winners, which running processes use within a second.
+    """Measure plans on this machine and keep the winners, which running processes take within a second.
+
+    (Those that give the same bits; others at the next start, or by `fp8gemm.refresh()`.)
 
     Every plan is checked against a reference before it is timed. Exit codes: 0 all problems have a winner that is
     measured (or the budget is over); 1 one could not be tuned; 2 wrong options.
@@ -160,7 +162,7 @@ def list_plans(as_json: Json = False) -> None:
 
     rows = store.rows("winners", "ORDER BY device, num_sms DESC, kind, n, k, groups, m")
     if as_json:
-        options.print_json({"store": str(store.path()), "winners": rows})
+        options.print_json({"store": str(store.path()), "winners": [render_tune.row_json(row) for row in rows]})
     else:
         render_tune.show_winners(rows)
 
@@ -172,13 +174,15 @@ def show_plans(
     k: Annotated[int, typer.Option("--k", min=16, help="Columns of A.")],
     as_json: Json = False,
 ) -> None:
-    """Show every measurement of a problem, in all its sweeps, fastest first. Exit code 1 if there is none."""
+    """Show every measurement of a problem: the last sweep first, of each the fastest. Exit code 1 if there is none."""
     from . import planner, render_tune, store
 
-    where = "WHERE m = :m AND n = :n AND k = :k ORDER BY device, num_sms, date DESC, sweep, seconds IS NULL, seconds"
+    ended = "max(date) OVER (PARTITION BY sweep)"
+    where = f"WHERE m = :m AND n = :n AND k = :k ORDER BY device, {ended} DESC, sweep, seconds IS NULL, seconds"
     rows = store.rows("measurements", where, {"m": planner.bucket(m), "n": n, "k": k})
     if as_json:
-        options.print_json({"store": str(store.path()), "measurements": rows})
+        measured = [render_tune.row_json(row) for row in rows]
+        options.print_json({"store": str(store.path()), "measurements": measured})
     else:
         render_tune.show_measurements(rows)
     raise typer.Exit(0 if rows else 1)

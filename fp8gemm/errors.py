@@ -21,7 +21,7 @@ class Fp8GemmError(Exception):
 
 
 class OperandError(Fp8GemmError, ValueError):
-    """A bad argument. `argument` is its name in the signature."""
+    """A bad argument. `argument` is its name in the signature; of a pair, the tensor's: a, sa, b, sb, q or s."""
 
     def __init__(self, argument: str, problem: str) -> None:
         super().__init__(f"{argument}: {problem}" if argument else problem)

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 from . import native, planner, store
 from .errors import Fp8GemmError
@@ -27,6 +28,8 @@ _PATIENCE = 1.0  # seconds that the end of the process waits for a plan that is 
 
 class _Follower:
     """What the thread does, one turn at a time."""
+
+    counts = True  # calls that the store lacks a plan for
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # turns are taken by the thread and by refresh()
@@ -53,7 +56,7 @@ class _Follower:
     def _count(self, entry: planner.Listed) -> bool:
         """Whether it is a miss that was not known before."""
         key, device = bytes(entry.key), planner.device_of(entry.key)
-        if entry.from_store or entry.key.reference or not entry.calls:
+        if not self.counts or entry.from_store or entry.key.reference or not entry.calls:
             return False
         limit = entry.key.num_sms or device.sms
         problem = planner.problem_of(entry.key)
@@ -92,6 +95,18 @@ def refresh() -> int:
     Returns the number of problems of this process whose plan is another one now.
     """
     return _follower.turn(every_reduction=True)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Calls meanwhile are no misses: they measure something, and nobody waits for them to become faster."""
+    _Follower.counts = False
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ImportError):  # without the library nothing was called
+            planner.listing()  # forgets them
+        _Follower.counts = True
 
 
 def watch() -> None:

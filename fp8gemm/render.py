@@ -35,6 +35,11 @@ def duration(seconds: float) -> str:
     return f"{digits(seconds)} s"
 
 
+def counted(count: int, noun: str) -> str:
+    """With its plural, where that takes an s."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def size(count: float) -> str:
     """Bytes, in powers of 1024."""
     for unit in ("bytes", "KiB", "MiB"):

@@ -1,6 +1,7 @@
 """How the tuner's commands show what they do and found."""
 
 import contextlib
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from . import store
-from .render import COLOURS, console, duration, json_ready
+from .render import COLOURS, console, counted, duration, json_ready
 from .tuner.report import plan_text
 from .tuner.sweep import Outcome
 from .tuner.target import Target
@@ -103,12 +104,18 @@ def outcomes_json(target: Target, outcomes: Sequence[Outcome], asked: int) -> di
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    found: dict[str, Any] = outcome.task.row()
+    found = row_json(outcome.task.row())
     found |= {name: getattr(outcome, name) for name in ("measured", "reason", "best_seconds", "stored_seconds")}
     if outcome.winner:
         plans = {k: v._asdict() for k, v in outcome.winner._asdict().items() if k.endswith("plan") and v}
         found |= outcome.winner._asdict() | plans
     return found
+
+
+def row_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the store: plans as objects, and what is true or false as such."""
+    plans = {k: json.loads(v) for k, v in row.items() if k.endswith("plan") and v}
+    return row | plans | {k: bool(row[k]) for k in ("row_scales", "is_default") if k in row}
 
 
 def behind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
@@ -134,9 +141,12 @@ def _table(title: str, about: str) -> Table:
 
 def show_outcomes(target: Target, outcomes: Sequence[Outcome], asked: int) -> None:
     """Default and tuned, side by side."""
+    if not asked:
+        console().print("nothing to tune")
+        return
     table = _table(f"Tuned on {target.name}", target.device.name)
-    for name in ("problem", "default plan"):
-        table.add_column(name)
+    table.add_column("problem", no_wrap=True)
+    table.add_column("default plan")
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("tuned plan")
     table.add_column("time", justify="right", no_wrap=True)
@@ -155,12 +165,15 @@ def show_outcomes(target: Target, outcomes: Sequence[Outcome], asked: int) -> No
     out = console()
     out.print(table)
     if len(outcomes) < asked:
-        out.print(Text(f"  {asked - len(outcomes)} of {asked} problems not reached: the time was over", "yellow"))
+        left = counted(asked - len(outcomes), "problem")
+        out.print(Text(f"  {left} of {asked} not reached: the time was over", "yellow"))
     for name, figures in behind(outcomes).items():
         mean, worst = figures["geometric_mean"] - 1, figures["worst"] - 1
         slower = f"{mean:.1%} slower than the best of these sweeps in the geometric mean, {worst:.1%} at worst"
         out.print(Text(f"  {name} plans are {slower}"))
-    out.print(Text(f"  kept in {store.path()}; running processes use them within a second", "dim"))
+    if any(outcome.winner for outcome in outcomes):
+        text = "  kept in {}; running processes take those that give the same bits within a second"
+        out.print(Text(text.format(store.path()), "dim"))
 
 
 def _gain(default: float | None, seconds: float) -> Text:
@@ -171,9 +184,15 @@ def _gain(default: float | None, seconds: float) -> Text:
 
 def show_winners(rows: Sequence[dict[str, Any]]) -> None:
     """`plans list`."""
-    table = _table(f"{len(rows)} plans", str(store.path()))
-    for name in ("device", "problem", "plan"):
-        table.add_column(name)
+    if not rows:
+        console().print(f"No plans in {store.path()} yet. `fp8gemm tune --preset deepseek-v3` measures some.")
+        return
+    devices = {row["device"] for row in rows}  # one alone is told above the table
+    table = _table(counted(len(rows), "plan"), " ".join([*(devices if len(devices) == 1 else ()), str(store.path())]))
+    if len(devices) > 1:
+        table.add_column("device")
+    table.add_column("problem", no_wrap=True)
+    table.add_column("plan")
     for name in ("time", "default", "gain"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fewer SMs")
@@ -182,7 +201,7 @@ def show_winners(rows: Sequence[dict[str, Any]]) -> None:
         default = row["default_seconds"]
         frugal = f"{plan_text(row['frugal_plan'])}: {duration(row['frugal_seconds'])}" if row["frugal_plan"] else ""
         table.add_row(
-            row["device"],
+            *([row["device"]] if len(devices) > 1 else []),
             store.Task.from_row(row).name,
             plan_text(row["plan"]),
             duration(row["seconds"]),
@@ -199,9 +218,10 @@ def show_measurements(rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         console().print("no measurements of this problem")
         return
-    table = _table(f"{len(rows)} measurements", str(store.path()))
-    for name in ("sweep", "problem", "plan"):
-        table.add_column(name)
+    table = _table(counted(len(rows), "measurement"), str(store.path()))
+    ended = {row["sweep"]: row["date"] for row in sorted(rows, key=lambda row: row["date"])}
+    for name in ("end of sweep", "problem", "plan"):
+        table.add_column(name, no_wrap=name == "problem")
     for name in ("time", "spread", "rounds", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
@@ -209,7 +229,7 @@ def show_measurements(rows: Sequence[dict[str, Any]]) -> None:
         timed = row["seconds"] is not None
         verdict = row["verdict"] + (", the default" if row["is_default"] else "")
         table.add_row(
-            row["date"],
+            ended[row["sweep"]],
             store.Task.from_row(row).name,
             plan_text(row["plan"]),
             duration(row["seconds"]) if timed else "-",
@@ -245,6 +265,6 @@ def show_status(found: dict[str, Any]) -> None:
     if not found["daemons"]:
         out.print("no daemon runs here")
     out.print(
-        f"{found['misses']} problems to tune, {found['failed']} given up, {found['leases']} being measured, "
+        f"{counted(found['misses'], 'problem')} to tune, {found['failed']} given up, {found['leases']} being measured, "
         f"{found['winners']} tuned"
     )

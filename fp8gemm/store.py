@@ -39,7 +39,7 @@ _TASK = """
     n INTEGER NOT NULL,
     k INTEGER NOT NULL,
     groups INTEGER NOT NULL,        -- weights; 1 if dense
-    expected_m INTEGER NOT NULL,    -- the caller's guess of a group's rows, rounded up to its bucket; 0: none
+    expected_m INTEGER NOT NULL,    -- bucket of a group's rows on average, as the caller guesses; 0: unknown
     row_scales INTEGER NOT NULL,    -- 1: A's scales are row-major
     device TEXT NOT NULL,           -- name of the GPU or CPU
     sms INTEGER NOT NULL,           -- its SMs (a CPU's cores)
@@ -75,7 +75,7 @@ CREATE TABLE measurements (
     predicted REAL,                 -- by the cost model, in units of its own
     seconds REAL,                   -- mean of the middle half; NULL if it was not timed
     spread REAL,
-    clock_hz REAL,                  -- of the SMs, during the last round; NULL where nobody tells
+    clock_hz REAL,                  -- of the SMs, after the last round; NULL where nobody tells
     rounds INTEGER NOT NULL,
     error REAL,                     -- ||D - ref|| over the error of rounding ref to bf16: 1 is perfect
     verdict TEXT NOT NULL,          -- right, wrong, or why it was not measured

@@ -33,7 +33,8 @@ from references import (
     random_operands,
 )
 
-from fp8gemm import native
+from fp8gemm import backends, native
+from fp8gemm.errors import OperandError
 
 TARGETS = ["", "avx2", "baseline"]  # at most this; "" is what the machine has
 
@@ -75,6 +76,12 @@ def test_features(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in order:
         monkeypatch.setenv("FP8GEMM_CPU", limit)
         assert native.library().cpu_features().decode() == order[min(best, order.index(limit))]
+
+
+def test_a_limit_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FP8GEMM_CPU", "sse9")
+    with pytest.raises(OperandError, match="FP8GEMM_CPU: 'sse9'; must be avx2 or baseline"):
+        backends.cpu_device()
 
 
 @pytest.mark.usefixtures("target")

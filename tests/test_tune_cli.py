@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fp8gemm import backends, bench, compiler, native, planner, store
+from fp8gemm import backends, bench, compiler, live, native, planner, store
 from fp8gemm.cli import app
 from fp8gemm.errors import CompileError
 from fp8gemm.problem import Problem
@@ -160,7 +160,7 @@ def test_plans() -> None:
     (winner,) = call_json("plans", "list")[1]["winners"]
     listed = call("plans", "list").stdout
     assert "8x64x128" in listed
-    assert json.loads(winner["plan"])["tile_n"] in backends.CPU_TILE_NS
+    assert winner["plan"]["tile_n"] in backends.CPU_TILE_NS
     code, shown = call_json("plans", "show", "--m", "5", "--n", "64", "--k", "128")
     assert code == 0
     assert len(shown["measurements"]) >= 5
@@ -185,6 +185,34 @@ def test_export_import_clear(cache_dir: Path) -> None:
     Path(file).write_text("{")
     assert call("plans", "import", file).exit_code == 1
     assert store.rows("winners") == before
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"fp8gemm plans": 1}', '{"fp8gemm plans": 1, "winners": null}', "x"])
+def test_what_is_no_export(cache_dir: Path, text: str) -> None:
+    (cache_dir / "plans.json").write_text(text)
+    result = call("plans", "import", str(cache_dir / "plans.json"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("plans", "export", "/nonexistent/x.json"), ("report", "--html", "/nonexistent/x.html")], ids=str
+)
+def test_files_that_cannot_be_written(arguments: tuple[str, ...]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"fp8gemm: .*/nonexistent/x.*\n", result.stderr)
+
+
+def test_nothing_to_tell() -> None:
+    assert call("tune", "--misses", "--device", "cpu").stdout == "nothing to tune\n"
+    assert "No plans in" in call("plans", "list").stdout
+
+
+def test_benchmarks_are_no_misses() -> None:
+    assert call("bench", "--device", "cpu", "--shape", "64x128", "--m", "8", "--rounds", "1").exit_code == 0
+    live.refresh()
+    assert store.rows("misses") == []
 
 
 def test_a_newer_store_is_an_error_to_people() -> None:
