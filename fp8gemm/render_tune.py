@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
@@ -166,14 +167,19 @@ def show_outcomes(target: Target, outcomes: Sequence[Outcome], asked: int) -> No
     out.print(table)
     if len(outcomes) < asked:
         left = counted(asked - len(outcomes), "problem")
-        out.print(Text(f"  {left} of {asked} not reached: the time was over", "yellow"))
+        _note(out, f"{left} of {asked} not reached: the time was over", "yellow")
     for name, figures in behind(outcomes).items():
         mean, worst = figures["geometric_mean"] - 1, figures["worst"] - 1
         slower = f"{mean:.1%} slower than the best of these sweeps in the geometric mean, {worst:.1%} at worst"
-        out.print(Text(f"  {name} plans are {slower}"))
+        _note(out, f"{name} plans are {slower}")
     if any(outcome.winner for outcome in outcomes):
-        text = "  kept in {}; running processes take those that give the same bits within a second"
-        out.print(Text(text.format(store.path()), "dim"))
+        text = "kept in {}; running processes take those that give the same bits within a second"
+        _note(out, text.format(store.path()), "dim")
+
+
+def _note(out: Console, text: str, style: str = "") -> None:
+    """Below a table, in line with it."""
+    out.print(Padding(Text(text, style), (0, 0, 0, 2)))
 
 
 def _gain(default: float | None, seconds: float) -> Text:
@@ -195,7 +201,9 @@ def show_winners(rows: Sequence[dict[str, Any]]) -> None:
     table.add_column("plan")
     for name in ("time", "default", "gain"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("fewer SMs")
+    thrifty = any(row["frugal_plan"] for row in rows)
+    if thrifty:
+        table.add_column("fewer SMs")
     table.add_column("tuned", no_wrap=True)
     for row in rows:
         default = row["default_seconds"]
@@ -207,7 +215,7 @@ def show_winners(rows: Sequence[dict[str, Any]]) -> None:
             duration(row["seconds"]),
             duration(default) if default else "-",
             _gain(default, row["seconds"]),
-            frugal,
+            *([frugal] if thrifty else []),
             row["tuned"],
         )
     console().print(table)
