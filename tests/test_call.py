@@ -26,7 +26,7 @@ from stub import BF16, E4M3, F32, I32, Managed, Tensor, launches, on_stub_gpus, 
 import fp8gemm
 from fp8gemm import BackendUnavailable, Fp8GemmError, NotPrepared, OperandError, Shapes, gemm, native, planner
 from fp8gemm.device import read_device
-from fp8gemm.errors import DriverError
+from fp8gemm.errors import DriverError, ShapeError
 from fp8gemm.plan import L2_POLICIES, Plan
 from fp8gemm.problem import KINDS, Problem
 
@@ -481,6 +481,22 @@ def test_types_of_tensors() -> None:
         __dlpack_c_exchange_api__ = "no capsule"
 
     assert "Wrong is no tensor" in outcome(call._replace(d=Wrong(call.d)).public)
+
+
+@on_stub_gpus
+def test_sizes_that_no_kernel_counts() -> None:
+    """Rows and columns in whole tiles are 32 bits wide, a grid's second and third extent 16."""
+    for call, argument, text in (
+        (operands(m=2**31 - 64, n=16, k=16), "a", r"M = 2147483584, G = 1; .* at most 2147483136"),
+        (operands(native.RAGGED, m=16, n=16, k=16, groups=2**23), "a", r"M = 16, G = 8388608; "),
+        (operands(native.MASKED, m=2**23, n=16, k=16, groups=300), "a", r"M = 8388608, G = 300; "),
+        (operands(m=16, n=2**31 - 64, k=16), "b", "N = 2147483584, must be at most 2147483136"),
+        (operands(m=16, n=64 * 65536, k=16, pad=1), "b", "N = 4194304; this kernel takes at most 4194240"),
+        (operands(native.RAGGED, m=16, n=16, k=16, groups=65536, pad=1), "b", "G = 65536; this kernel takes at most"),
+    ):
+        with pytest.raises(ShapeError, match=text) as caught:
+            call.public()
+        assert caught.value.argument == argument
 
 
 @on_stub_gpus

@@ -6,6 +6,7 @@ ml_dtypes.
 
 import concurrent.futures
 import ctypes
+import threading
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,27 @@ def test_features(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in order:
         monkeypatch.setenv("FP8GEMM_CPU", limit)
         assert native.library().cpu_features().decode() == order[min(best, order.index(limit))]
+
+
+@pytest.mark.parametrize("kilobytes", [64, 256, 1024])
+def test_a_caller_with_little_stack(kilobytes: int, rng: Rng) -> None:
+    """Its tiles are left to a thread that has room."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            check(rng, 300, 64, 256, threads=1)
+        except BaseException as error:
+            failed.append(error)
+
+    before = threading.stack_size(kilobytes << 10)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert not failed
 
 
 def test_a_limit_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,7 @@ def fuzz(data: st.DataObject) -> None:
 def fuzz_describe(data: st.DataObject) -> None:
     """The same past the first checks: right types and nearly right shapes, any strides and addresses."""
     kind = data.draw(st.sampled_from(range(4)))
-    m, n, k = (data.draw(st.sampled_from([0, 1, 16, 128, 2**31 - 16])) for _ in range(3))
+    m, n, k = (data.draw(st.sampled_from([0, 1, 16, 128, 2**31 - 1024, 2**31 - 16])) for _ in range(3))
     blocks = -(-k // 128)
     ranks = {"a": 3 if kind == 3 else 2, "b": 3 if kind else 2}
     ranks |= {"sa": ranks["a"], "sb": ranks["b"], "d": ranks["a"], "layout": 1}

@@ -37,7 +37,8 @@ template <int LANES, int ROWS> struct Shape {
     static constexpr int kLanes = LANES, kStrip = 2 * LANES, kRows = ROWS;
 };
 
-// On the stack of the worker: nothing to allocate is nothing that can fail. Few rows or columns touch little of it.
+// On the stack of the worker: nothing to allocate is nothing that can fail. Few rows or columns touch little of it. A caller
+// with little stack leaves the work to others, see cpu_parallel_for.
 template <class S> struct alignas(64) Scratch {
     float b[kBlock * S::kStrip];               // [k][column]: one strip
     float a[kTileRows * kBlock];               // [row][k]
@@ -265,20 +266,38 @@ void* run_loop(void* argument) {
     return nullptr;
 }
 
+constexpr size_t kStack = 2 << 20;             // of a worker: Scratch and to spare, whatever the process's default
+
+// Whether this thread's stack has room for a tile. What the system says of it is asked once: of the first thread it reads a file.
+bool has_room() {
+    static thread_local char* const end = [] {
+        pthread_attr_t attributes;
+        void* lowest = nullptr;
+        size_t size = 0;
+        if (pthread_getattr_np(pthread_self(), &attributes)) return static_cast<char*>(nullptr);
+        pthread_attr_getstack(&attributes, &lowest, &size);
+        pthread_attr_destroy(&attributes);
+        return static_cast<char*>(lowest);
+    }();
+    return end && static_cast<char*>(__builtin_frame_address(0)) - end > int64_t(kStack / 4);
+}
+
 }  // namespace
 
-// body(context, i) for each i below count, on up to `threads` threads, the caller's among them. The others start and
-// end here, so that a process may fork between calls. Where the system refuses one, those that there are do the work.
+// body(context, i) for each i below count, on up to `threads` threads, the caller's among them if its stack has room. The
+// others start and end here, so that a process may fork between calls. Where the system refuses one, those that there are
+// do the work.
 void cpu_parallel_for(int threads, int64_t count, void (*body)(void* context, int64_t i), void* context) {
     Loop loop{body, context, count};
     pthread_t workers[kMaxThreads];
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, 2 << 20);    // Scratch and to spare, whatever the process's default
-    int wanted = int(std::min<int64_t>({threads, count, kMaxThreads})) - 1, started = 0;
+    pthread_attr_setstacksize(&attributes, kStack);
+    const bool helps = has_room();
+    int wanted = int(std::min<int64_t>({threads, count, kMaxThreads})) - helps, started = 0;
     while (started < wanted && pthread_create(&workers[started], &attributes, run_loop, &loop) == 0) ++started;
     pthread_attr_destroy(&attributes);
-    run_loop(&loop);
+    if (helps || !started) run_loop(&loop);
     for (int i = 0; i < started; ++i) pthread_join(workers[i], nullptr);
 }
 

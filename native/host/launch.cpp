@@ -1,6 +1,7 @@
 // Loads kernels, encodes tensor maps, launches.
 #include <algorithm>
 #include <atomic>
+#include <cinttypes>
 #include <new>
 
 #include "../kernels/params.h"
@@ -88,6 +89,13 @@ struct Launch {
                   static_cast<unsigned>(shared), static_cast<CUstream>(stream), attributes, early ? 2u : cluster > 1 ? 1u : 0u};
     }
 };
+
+// A grid's second and third extent end at 65535: blocks of `unit` along a dimension of an operand.
+int check_extent(const char* name, const char* dimension, int64_t size, int64_t unit) {
+    constexpr int64_t kMostBlocks = 65535;
+    if (size <= kMostBlocks * unit) return FP8GEMM_OK;
+    return fail(FP8GEMM_SHAPE, name, "%s = %" PRId64 "; this kernel takes at most %" PRId64, dimension, size, kMostBlocks * unit);
+}
 
 int launch(const Driver& cu, CUfunction function, const Launch& l, void* params) {
     void* arguments[] = {params};
@@ -188,6 +196,8 @@ int fp8gemm_launch_reference(const fp8gemm_kernel* kernel, const fp8gemm_operand
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     GemmParams params = make_params(*o, *p);
     const int groups = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED ? p->groups : 1;
+    FP8GEMM_TRY(check_extent("b", "N", p->n, 64));
+    FP8GEMM_TRY(check_extent("b", "G", groups, 1));
     const Launch all(ceil_div(p->m, 64), ceil_div(p->n, 64), groups, 256, 0, 1, false, stream);
     return launch(*cu, kernel->function, all, &params);
 }
@@ -203,6 +213,7 @@ int fp8gemm_launch_cast(const fp8gemm_kernel* kernel, int per_block, const fp8ge
                         const fp8gemm_tensor* s, void* stream) {
     const Driver* cu;
     ContextScope scope;
+    FP8GEMM_TRY(check_extent("x", "K", x->shape[1], 128));
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     CastParams params{x->data, static_cast<unsigned char*>(q->data), static_cast<float*>(s->data), x->shape[0], x->shape[1],
                       x->stride[0], q->stride[0], s->stride[0], s->stride[1]};
@@ -217,6 +228,8 @@ int fp8gemm_launch_copy(const fp8gemm_kernel* kernel, const fp8gemm_tensor* x, c
     FP8GEMM_TRY(scope.enter(kernel->device_id, &cu));
     const int row = x->ndim - 2;
     const bool stack = x->ndim == 3;
+    FP8GEMM_TRY(check_extent("x", "columns", x->shape[row + 1], 1));
+    FP8GEMM_TRY(check_extent("x", "G", stack ? x->shape[0] : 1, 1));
     CopyParams params{static_cast<const float*>(x->data), static_cast<float*>(s->data), x->shape[row],
                       x->stride[row], x->stride[row + 1], stack ? x->stride[0] : 0,
                       s->stride[row], s->stride[row + 1], stack ? s->stride[0] : 0};

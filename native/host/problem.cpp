@@ -127,7 +127,7 @@ bool suits_tma(const Tensor& t) {
     return true;
 }
 
-// Scales of A with rows fastest, columns and groups 16 bytes aligned.
+// Scales of A with rows fastest; base, columns and groups 16 bytes aligned. (A single row's do not count as such.)
 bool suits_bulk_copies(const Tensor& sa) {
     const int row = sa.ndim - 2;
     if (reinterpret_cast<uintptr_t>(sa.data) % 16 || sa.stride[row] != 1) return false;
@@ -173,6 +173,13 @@ int check_sizes(const fp8gemm_operands& o, fp8gemm_problem& p) {
         return fail(FP8GEMM_SHAPE, "b", "K = %" PRId64 ", but a has K = %" PRId64, o.b.shape[rank_b - 1], k);
     if (masked && o.a.shape[0] != g)
         return fail(FP8GEMM_SHAPE, "a", "G = %" PRId64 ", but b has G = %" PRId64, o.a.shape[0], g);
+    // Kernels count rows in whole tiles of each group, columns in pairs of tiles, in 32 bits.
+    constexpr int64_t kMost = (INT64_C(1) << 31) - 512, kTile = 256;
+    const int64_t rows_in_tiles = masked ? g * (m + kTile) : grouped ? m + g * kTile : m;
+    if (rows_in_tiles > kMost)
+        return fail(FP8GEMM_SHAPE, "a", "M = %" PRId64 ", G = %" PRId64 "; rows, with each group's in whole tiles of %" PRId64
+                    ", must be at most %" PRId64, m, g, kTile, kMost);
+    if (n > kMost) return fail(FP8GEMM_SHAPE, "b", "N = %" PRId64 ", must be at most %" PRId64, n, kMost);
     p.m = static_cast<int32_t>(m), p.n = static_cast<int32_t>(n), p.k = static_cast<int32_t>(k);
     p.groups = static_cast<int32_t>(g);
 
