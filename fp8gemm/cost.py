@@ -16,7 +16,8 @@ every tile adds its epilogue, every split of K its exchange, and the start takes
 come out by themselves: a CTA's number of tiles is rounded up. Against all that stands the HBM time of A, B and D. Units
 are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM rate are the device's. The constants
 below were fitted on an H200 to 20,731 measured (problem, plan) pairs: seven weights, M = 8 .. 8192. There the default
-is 2.4% slower than the best of these plans in the geometric mean and 12% at worst (native/README.md).
+was 2.4% slower than the best of these plans in the geometric mean and 12% at worst (native/README.md). What D's rows in
+one piece take was set later, from K = 512.
 """
 
 import functools
@@ -41,7 +42,7 @@ STAGE_ISSUE = 1.0
 TMA_ISSUE = 93.0
 EPILOGUE = 290.0
 DIRECT_EPILOGUE, DIRECT_COLUMN = 235.0, 5.4
-STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 26.0}  # by what columns share with 64: panels of 64, of 32, of all
+STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 26.0}  # by gcd(columns, 64): panels of 64, of 32, of all
 LAUNCH = 5500  # until the first stage has landed, after the last store, and what two events around it add
 BYTE_AHEAD = 0.008  # of a CTA's stages: all SMs' first ones are a queue at the memory, in which scales stand too
 LAUNCH_SHARED, LAUNCH_SPLIT = 1450, 120  # clusters that share operands, that split K

@@ -74,7 +74,7 @@ class Plan(NamedTuple):
 
     @property
     def consumers(self) -> int:
-        """Warpgroups that multiply: a wgmma is 64 rows high, and two share a taller tile."""
+        """Warpgroups that multiply: a wgmma is 64 rows high; two share a taller tile, three one of 192."""
         return 1 if self.tile_m <= 64 else 3 if self.tile_m == 192 else 2
 
     @property

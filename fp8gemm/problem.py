@@ -11,8 +11,8 @@ KINDS = ("dense", "contiguous", "ragged", "masked")
 class Problem(NamedTuple):
     """One GEMM: A (m, k) e4m3, B (n, k) e4m3, D (m, n) bf16, `groups` weights; m is one group's rows if masked.
 
-    `expected_m` is the host's guess of the rows of one group (0: none), `row_scales` says that A's scales lie
-    row-major; only the choice of a plan uses them.
+    `expected_m` is the host's guess of the rows of one group (0: none), `row_scales` says that A's scales do
+    not suit bulk copies, as row-major ones; only the choice of a plan uses them.
     """
 
     kind: int

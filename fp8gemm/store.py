@@ -40,7 +40,7 @@ _TASK = """
     k INTEGER NOT NULL,
     groups INTEGER NOT NULL,        -- weights; 1 if dense
     expected_m INTEGER NOT NULL,    -- bucket of a group's rows on average, as the caller guesses; 0: unknown
-    row_scales INTEGER NOT NULL,    -- 1: A's scales are row-major
+    row_scales INTEGER NOT NULL,    -- 1: A's scales do not suit bulk copies, as row-major ones
     device TEXT NOT NULL,           -- name of the GPU or CPU
     sms INTEGER NOT NULL,           -- its SMs (a CPU's cores)
     num_sms INTEGER NOT NULL,       -- how many of them the call may use

@@ -82,8 +82,8 @@ __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum
     }
 }
 
-// Straight from registers: what TMA can't store (strides off 16 bytes; a group's tail, below which another group's rows
-// begin), and tiles so small that its detour takes longer.
+// Straight from registers: what TMA can't store (strides off 16 bytes; N off 8; a group's tail, below which another group's rows
+// begin), and what has no way through shared memory: parts of a split K, tiles of 32 rows.
 __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], u16* d, int rows, int columns) {
     const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
     const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;

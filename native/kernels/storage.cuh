@@ -38,9 +38,10 @@ __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
     fence_barrier_init();
 }
 
-// Named barriers, beside 1 to 3 of the consumers. Every warp counts once in each, by waiting or in passing. Where CTAs share
-// stages, the cluster's barrier takes the place of kReady.
-constexpr int kReady = 0, kLoading = 4, kTensorCore = 5;      // the last: of each consumer
+// Named barriers, beside 1 to 3 of the consumers. In kReady and kLoading every warp counts once, by waiting or in passing. Where
+// CTAs share stages, the cluster's barrier takes the place of kReady. kTensorCore and the next ones: of each consumer and the
+// one before it, for each block of K.
+constexpr int kReady = 0, kLoading = 4, kTensorCore = 5;
 
 // Until all barriers are set up, and those of CTAs that share stages. (Peers that split K meet at their sums.)
 __device__ void wait_for_barriers() {
