@@ -52,14 +52,27 @@ def print_json(report: Any) -> None:
     typer.echo(json.dumps(report, indent=2, allow_nan=False))
 
 
+def _print_changes() -> Callable[[str], None]:
+    """A function that prints a line to stderr, unless it is the one printed last."""
+    last = ""
+
+    def say(line: str) -> None:
+        nonlocal last
+        if line != last:
+            last = line
+            print(line, file=sys.stderr, flush=True)
+
+    return say
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done, on stderr: in place on a terminal, else line by line."""
+    """A function that shows what is being done, on stderr: in place on a terminal, else a line for each change."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield lambda line: print(line, file=sys.stderr, flush=True)
+        yield _print_changes()
         return
     with console.status("") as status:
         yield status.update

@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from fp8gemm import __version__, accuracy, bench, compiler, device, doctor, native, workbench
+from fp8gemm import __version__, accuracy, bench, compiler, device, doctor, native, options, workbench
 from fp8gemm.cli import app
 from fp8gemm.errors import CompileError
 from fp8gemm.gemm import gemm_fp8_fp8_bf16_nt
@@ -131,6 +131,13 @@ def test_wrong_options(arguments: tuple[str, ...]) -> None:
     result = call(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr
+
+
+def test_a_pipe_is_told_of_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    with options.progress() as say:
+        for line in ("0 of 2", "0 of 2", "1 of 2", "1 of 2", "0 of 2"):
+            say(line)
+    assert capsys.readouterr() == ("", "0 of 2\n1 of 2\n0 of 2\n")
 
 
 def test_imports_stay_light() -> None:

@@ -68,14 +68,11 @@ class Builder:
         wanted = list(dict.fromkeys(kernels))
         self.submit(wanted)
         futures = {self._futures[kernel] for kernel in wanted}
-        pending, heard = futures, None
-        while True:
-            if heard != len(pending):
-                told(len(futures) - len(pending), len(futures))
-                heard = len(pending)
-            if not pending or stop():
-                break
+        pending = futures
+        while pending and not stop():
+            told(len(futures) - len(pending), len(futures))
             _, pending = wait(pending, timeout=0.2)
+        told(len(futures) - len(pending), len(futures))
         try:
             return {k: self._futures[k].result(0) if self._futures[k].done() else "stopped" for k in wanted}
         except BrokenProcessPool as error:
