@@ -17,7 +17,7 @@ from rich.text import Text
 
 from . import store
 from .render import COLOURS, console, counted, duration, json_ready
-from .tuner.report import plan_text
+from .tuner.report import no_plans, plan_text
 from .tuner.sweep import Outcome
 from .tuner.target import Target
 from .tuner.tune import Progress
@@ -191,7 +191,7 @@ def _gain(default: float | None, seconds: float) -> Text:
 def show_winners(rows: Sequence[dict[str, Any]]) -> None:
     """`plans list`."""
     if not rows:
-        console().print(f"No plans in {store.path()} yet. `fp8gemm tune --preset deepseek-v3` measures some.")
+        console().print(no_plans(str(store.path())))
         return
     devices = {row["device"] for row in rows}  # one alone is told above the table
     table = _table(counted(len(rows), "plan"), " ".join([*(devices if len(devices) == 1 else ()), str(store.path())]))

@@ -106,6 +106,11 @@ def plan_text(text: str) -> str:
     return text
 
 
+def no_plans(path: str) -> str:
+    """What is told of a store without winners."""
+    return f"No plans in {path} yet. `fp8gemm tune --preset deepseek-v3` measures some."
+
+
 def gather() -> Report:
     """Reads the store. Raises StoreError if that is not possible."""
     winners = store.rows("winners", "ORDER BY n * k DESC, n, k, kind, groups, num_sms DESC, m")
@@ -195,7 +200,7 @@ def show(report: Report) -> None:
     """As tables."""
     out = console()
     if not report.chapters:
-        out.print(f"No plans in {report.store} yet. `fp8gemm tune --preset deepseek-v3` measures some.")
+        out.print(no_plans(report.store))
     for chapter in report.chapters:
         unit, scale = ("GFLOP/s", 1e9) if chapter.is_cpu else ("TFLOP/s", 1e12)
         title = Text.assemble((chapter.device, "bold"), f"  {chapter.sms} {'cores' if chapter.is_cpu else 'SMs'}")
