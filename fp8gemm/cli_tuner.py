@@ -64,16 +64,16 @@ def tune(
         raise typer.BadParameter(f"{kind!r}; must be one of {', '.join(KINDS)}", param_hint="--kind")
     if k is not None and k % 16:
         raise typer.BadParameter(f"{k}; must be a multiple of 16", param_hint="--k")
-    named = n is not None and k is not None
-    if (n is None) != (k is None) or (named and ms is None) or (ms and not named and not preset):
+    weight = (n, k) if n is not None and k is not None else None
+    if (n is None) != (k is None) or (weight and ms is None) or (ms and not weight and not preset):
         raise typer.BadParameter("a problem needs --m, --n and --k, all three", param_hint="--m, --n, --k")
-    if not named and not preset and not misses:
+    if not weight and not preset and not misses:
         raise typer.BadParameter(
             "name problems by --preset, by --m, --n and --k, or by --misses", param_hint="--preset"
         )
     if (groups != 1 or expected_m) and kind == "dense":
         raise typer.BadParameter("a dense problem has neither", param_hint="--groups, --expected-m")
-    if kind != "dense" and not named:
+    if kind != "dense" and not weight:
         raise typer.BadParameter("goes with --m, --n and --k", param_hint="--kind")
     from . import render_tune
     from .tuner import presets, tune
@@ -86,8 +86,10 @@ def tune(
             raise typer.BadParameter("the CPU backend has one plan for both layouts", param_hint="--row-scales")
         rows = ms or (list(presets.CPU_ROWS) if target.device.is_cpu else None)
         problems = [p._replace(row_scales=row_scales) for name in preset or () for p in presets.preset(name, rows)]
-        if n is not None and k is not None:  # `named`, in mypy's words
-            problems += [presets.called(KINDS.index(kind), m, n, k, groups, expected_m, row_scales) for m in ms or ()]
+        if weight:
+            problems += [
+                presets.called(KINDS.index(kind), m, *weight, groups, expected_m, row_scales) for m in ms or ()
+            ]
         with Writer() as writer, render_tune.live(as_json) as show:
             tasks = presets.tasks(problems, target.device, limits)
             tasks = list(dict.fromkeys(tasks + (writer.misses(target.device) if misses else [])))
