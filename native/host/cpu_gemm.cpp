@@ -268,7 +268,7 @@ void* run_loop(void* argument) {
 
 constexpr size_t kStack = 2 << 20;             // of a worker: Scratch and to spare, whatever the process's default
 
-// Whether this thread's stack has room for a tile. What the system says of it is asked once: of the first thread it reads a file.
+// Whether this thread's stack has room for a tile. The system is asked once a thread: of the first one it reads a file.
 bool has_room() {
     static thread_local char* const end = [] {
         pthread_attr_t attributes;

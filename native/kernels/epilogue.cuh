@@ -63,7 +63,7 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
 // Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of 128 or 64 bytes.
 __device__ u32 panel_offset(int row, int column) {
     const u32 offset = (row * kPanel + column) * sizeof(u16);
-    return kPanel % 32 ? offset : offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16));
+    return kSwizzled ? offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16)) : offset;
 }
 
 // 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others.
@@ -76,7 +76,7 @@ __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum
     for (int j = 0; j < kColumns / 16; ++j) {
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel;
         const float* v = &sum[j * 8];
-        const u32 to = kPanel % 32 ? at + column * sizeof(u16) : at ^ column * sizeof(u16);
+        const u32 to = kSwizzled ? at ^ column * sizeof(u16) : at + column * sizeof(u16);
         store_matrix_x4(shared_address(panels[panel]) + to, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
                         pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
     }

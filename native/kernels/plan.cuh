@@ -75,6 +75,7 @@ constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that 
                               : kPartThreads * kColumns / 8;
 constexpr int kPanel = panel_columns(kColumns);
 constexpr int kPanels = kColumns / kPanel;
+constexpr bool kSwizzled = kPanel % 32 == 0;                     // see panel_columns
 constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
 constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 
