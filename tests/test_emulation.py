@@ -24,6 +24,7 @@ PLANS = [
     Plan(64, 32, 4, depth=4),
     Plan(128, 64, 4, cluster_m=2, depth=2),
     Plan(256, 128, 3, cluster_n=2),
+    Plan(128, 192, 4, cluster_m=2),
     Plan(128, 176, 4, cluster_m=2),
     Plan(64, 112, 4, depth=2),
     Plan(64, 64, 3, cluster_n=2, depth=4),

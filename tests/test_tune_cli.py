@@ -106,10 +106,18 @@ def test_tune_limits_and_kinds() -> None:
 
 def test_problems_are_what_calls_look_up() -> None:
     """As their keys say it: expected_m of the masked kind is 1.2 times the mean, a layout of scales a GPU's affair."""
-    for kind, expected_m, row_scales in itertools.product(range(4), (0, 20, 96), (False, True)):
-        found = native.Problem(kind, native.CPU, 0, 250, 64, 128, 2, True, True, True)
-        problem = presets.called(kind, 250, 64, 128, 2, expected_m, row_scales)
-        assert problem == planner.problem_of(planner.make_key(found, expected_m))._replace(row_scales=row_scales)
+    rows = {
+        native.DENSE: {0: 0, 20: 0, 96: 0},
+        native.CONTIGUOUS: {0: 0, 20: 32, 96: 96},
+        native.RAGGED: {0: 0, 20: 32, 96: 96},
+        native.MASKED: {0: 0, 20: 16, 96: 80},
+    }
+    for kind, row_scales in itertools.product(rows, (False, True)):
+        for expected_m, mean in rows[kind].items():
+            found = native.Problem(kind, native.CPU, 0, 250, 64, 128, 2, True, True, True)
+            problem = presets.called(kind, 250, 64, 128, 2, expected_m, row_scales)
+            assert problem == Problem(kind, 256, 64, 128, 2, mean, row_scales)
+            assert problem == planner.problem_of(planner.make_key(found, expected_m))._replace(row_scales=row_scales)
     code, report = call_json(*TINY, "--m", "250", "--kind", "masked", "--groups", "2", "--expected-m", "96")
     found = native.Problem(native.MASKED, native.CPU, 0, 250, 64, 128, 2, True, True, True)
     plan, from_store = planner.choose(planner.make_key(found, 96))
