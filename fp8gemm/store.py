@@ -123,6 +123,10 @@ class Task(NamedTuple):
         sizes |= {"kind": KINDS.index(row["kind"]), "row_scales": bool(row["row_scales"])}
         return cls(Problem(**sizes), row["device"], row["sms"], row["num_sms"])
 
+    def with_other_scales(self) -> "Task":
+        """The same with A's scales in the other layout, whose plan serves where this one has none."""
+        return self._replace(problem=self.problem._replace(row_scales=not self.problem.row_scales))
+
     @property
     def name(self) -> str:
         """For people: the sizes, and what is not as usual."""
@@ -305,9 +309,9 @@ class Mirror:
 
         Where only the other layout of A's scales was tuned, that plan serves: it moves the times of all plans alike.
         """
-        other = problem._replace(row_scales=not problem.row_scales)
-        for known in (problem, other):
-            text = self._plans.get((Task(known, device.name, device.sms, num_sms), space(device)))
+        task = Task(problem, device.name, device.sms, num_sms)
+        for known in (task, task.with_other_scales()):
+            text = self._plans.get((known, space(device)))
             if text and (plan := parse_plan(text, problem, device, num_sms)):
                 return plan
         return None

@@ -349,6 +349,39 @@ def test_a_stored_winner_is_replaced_only_by_a_clear_lead() -> None:
     assert len({row["sweep"] for row in measured()}) == 3
 
 
+def test_a_tie_goes_to_the_winner_of_the_other_layout() -> None:
+    """Calls use it where their own layout has none; another kernel would be loaded beside it and gain nothing."""
+    sweep(FakeRig(by_columns(3)))
+
+    def nearly(p: AnyPlan) -> float:
+        return 0.999e-3 if p == CpuPlan(8, 64) else by_columns(3)(p)
+
+    tie = sweep(FakeRig(nearly, noise=0.02, seed=1), TASK.with_other_scales())
+    assert tie.winner is not None
+    assert tie.winner.plan == CpuPlan(8, 128)
+    assert tie.stored_seconds is None
+    lead = sweep(FakeRig(by_columns(1), noise=0.02), TASK.with_other_scales()).winner
+    assert lead is not None
+    assert lead.plan == CpuPlan(8, 32)
+    assert [row["row_scales"] for row in store.rows("winners")] == [0, 1]
+
+
+@pytest.mark.parametrize(("gain", "policy"), [(1e-3, "evict_normal"), (0.1, "evict_first")])
+def test_a_tie_goes_to_the_usual_l2_policy(gain: float, policy: str) -> None:
+    task = Task(Problem(0, 4096, 2112, 7168), H100.name, H100.sms, H100.sms)
+    best = space.kernels(task, H100)[5]
+    assert isinstance(best, Plan)
+
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, Plan)
+        slower = p._replace(b_policy=best.b_policy) != best
+        return 1e-4 * (1 + slower - gain * (p.b_policy == "evict_first"))
+
+    outcome = sweep(FakeRig(seconds, noise=0.02, seed=2), task, H100)
+    assert outcome.winner is not None
+    assert outcome.winner.plan == best._replace(b_policy=policy)
+
+
 def test_luck_does_not_decide() -> None:
     """A plan that was lucky in all stages before, as one of many always is, loses the final, which starts anew."""
 

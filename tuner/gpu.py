@@ -29,7 +29,7 @@ from .writer import Stamp
 
 FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
-LOADS = 4  # of each kernel, unless beside a serving process: where code lies moves a time of 10 us by up to 2%
+LOADS = 8  # of each kernel, unless beside a serving process: where code lies moves a time of 10 us by up to 2%
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
 THREADS = 256

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from fp8gemm import store
 from fp8gemm.accuracy import TOLERANCE
 from fp8gemm.errors import Fp8GemmError, StoreError
+from fp8gemm.plan import Plan
 from fp8gemm.store import AnyPlan, Task
 
 from . import space
@@ -64,7 +65,7 @@ class Sweep:
         self.space = store.space(target.device)
         self.default = space.default(task, target.device)
         self.stored = writer.incumbent(task, target.device)
-        self.incumbent = self.stored or self.default
+        self.incumbent = self.stored or writer.incumbent(task.with_other_scales(), target.device) or self.default
         self.errors: dict[AnyPlan, float] = {}
         self.recorded: set[AnyPlan] = set()
 
@@ -96,7 +97,7 @@ class Sweep:
             finalists = space.of_different_tiles(standings, FINALISTS)
             extra = [plan for best in finalists for plan in more(best, self.task)]
             if extra:
-                keep = dict.fromkeys([*finalists, self.default, self.incumbent])
+                keep = dict.fromkeys([*finalists, *map(usual, finalists), self.default, self.incumbent])
                 self._record(rig, {plan: t for plan, t in standings.items() if plan not in keep})
                 going_on = [plan for plan in keep if plan in standings]
                 later = self._stage(rig, [*going_on, *self._built(extra)], stage)
@@ -203,11 +204,14 @@ class Sweep:
         self.recorded |= timings.keys()
 
     def _winner(self, standings: dict[AnyPlan, Timing]) -> Winner:
-        """The fastest, unless the plan that it would replace is as fast within the noise."""
+        """The fastest, unless a better known one is as fast within the noise: what it would replace, or the same plan
+        with the usual L2 policy."""
         best, timing = next(iter(standings.items()))
-        old = standings.get(self.incumbent)
-        if old and old.seconds - timing.seconds <= old.spread + timing.spread:
-            best, timing = self.incumbent, old
+        for known in (self.incumbent, usual(best)):
+            old = standings.get(known)
+            if old and old.seconds - timing.seconds <= old.spread + timing.spread:
+                best, timing = known, old
+                break
         default = standings.get(self.default)
         winner = Winner(best, timing.seconds, timing.spread, self.default, default.seconds if default else None)
         frugal = self._frugal(standings, best)
@@ -221,3 +225,8 @@ class Sweep:
         limit = FRUGAL * standings[best].seconds
         thrifty = [plan for plan, t in standings.items() if plan.num_sms < best.num_sms and t.seconds <= limit]
         return min(thrifty, key=lambda plan: (plan.num_sms, standings[plan].seconds), default=None)
+
+
+def usual(plan: AnyPlan) -> AnyPlan:
+    """The plan with the usual L2 policy. In comparisons another one that had led by luck was up to 0.5% behind it."""
+    return plan._replace(b_policy=space.POLICIES[0]) if isinstance(plan, Plan) else plan

@@ -118,17 +118,19 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, const float (&
         for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer], sum[w], w * 64);
         fence_async_proxy();
         named_barrier_sync(1 + consumer, 128);
-        if (leader)
+        if (leader) {
             for (int i = 0; i < kPanels && i * kPanel < columns; i += p.d_blocked ? kPanels : 1)
                 tma_store(p.d, s.d[consumer][i], p.d_blocked ? 0 : tile.column + i * kPanel, row,
                           p.d_blocked ? tile.column / kPanel : 0, group);
+            tma_store_commit();
+        }
     } else {
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
             store_wave(p, sum[w], p.d_data + group * p.d_group + (row + w * 64) * p.d_row + tile.column,
                        min(rows - w * 64, min(kTileM, 64)), columns);
+        __syncwarp();                                            // the warp agrees again: see multiply()
     }
-    if (leader) tma_store_commit();
 }
 
 }  // namespace fp8gemm

@@ -84,10 +84,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
                 u8 *a = stage.a + a_row * kTileK, *b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
                 if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
-                for (int j = a_block; j < a_block + kBlocksA; j += kDeep ? p.a_box_blocks : 1)
-                    load_box<kShareA>(a + j * p.a_box_rows * kTileK, p.a, p.blocked, kb + j, tile.row + a_row, group_a,
-                                      full, kEvictNormal);
-                if (kShareB && !tile.alone) {
+                if (kShareB && !tile.alone) {                    // B first: of a decode stage it is most
                     for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
                         load_box<true>(b + (j * kTileN + b_row) * kTileK, p.b, p.blocked, kb + j, tile.column + b_row,
                                        tile.group, full, p.b_policy);
@@ -97,6 +94,9 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
                             load_box<false>(b + (j * kTileN + n) * kTileK, p.b, p.blocked, kb + j, tile.column + n,
                                             tile.group, full, p.b_policy);
                 }
+                for (int j = a_block; j < a_block + kBlocksA; j += kDeep ? p.a_box_blocks : 1)
+                    load_box<kShareA>(a + j * p.a_box_rows * kTileK, p.a, p.blocked, kb + j, tile.row + a_row, group_a,
+                                      full, kEvictNormal);
             }
             __syncwarp();
             if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true;
@@ -291,8 +291,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             kb += kTurn;
         };
         auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
-        if (kFirstApart && kb < last_block) await(), turn(Constant<true>());
-        else if (kFirstApart) more = tiles.next(next);           // K is 0
+        if (kFirstApart) await(), turn(Constant<true>());        // there is one: K = 0 is the reference kernel's
         if (kb < last_block) await();
         for (; kb < last_block; await()) {
             turn(Constant<false>());
@@ -307,7 +306,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         }
         store_tile(p, s, sum, tile, consumer);
     }
-    if (threadIdx.x % 128 == 0 && p.d_by_tma) tma_store_wait();
+    if (kStaged && threadIdx.x % 128 == 0 && p.d_by_tma) tma_store_wait();
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
@@ -339,7 +338,7 @@ extern "C" __global__ void SPLIT_CLUSTER __launch_bounds__(kThreads, 1) fp8gemm_
         if (!kScalesAhead) wait_for_barriers(), named_barrier_arrive(kLoading, kThreads);
         else if (kShare == 1) named_barrier_arrive(kReady, kThreads);
         if (!scales_by_bulk(p)) load_scales(p, s, first, last);
-        else if (kBulkScales && warp == kLoader + 1) load_other_scales(p, s, first, last);
+        else if (warp == kLoader + 1) load_other_scales(p, s, first, last);
         else wait_for_first_load();
     }
 }
