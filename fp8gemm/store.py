@@ -307,7 +307,7 @@ class Mirror:
     def plan(self, problem: Problem, device: Device, num_sms: int) -> AnyPlan | None:
         """The stored plan of a problem whose sizes are buckets; None if there is no legal one.
 
-        Where only the other layout of A's scales was tuned, that plan serves: it moves the times of all plans alike.
+        Where only the other layout of A's scales was tuned, that plan serves: it moves most plans' times alike.
         """
         task = Task(problem, device.name, device.sms, num_sms)
         for known in (task, task.with_other_scales()):

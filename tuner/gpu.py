@@ -30,6 +30,7 @@ from .writer import Stamp
 FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
 LOADS = 8  # of each kernel, unless beside a serving process: where code lies moves a time of 10 us by up to 2%
+RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, all dense ones 300 MB
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
 THREADS = 256
@@ -346,7 +347,7 @@ class GpuTarget:
     def require_room(self, needed: int) -> None:
         """Raises BackendUnavailable if a problem's operands are too much for this GPU now."""
         free = self.gpu.free_bytes()
-        most = free // 2 if self.share else free - (256 << 20)
+        most = free // 2 if self.share else free - RESERVE
         if self.memory_bytes is not None:
             most = min(most, self.memory_bytes)
         if needed > most:

@@ -27,7 +27,7 @@ FINAL_SECONDS = 4.0  # of running plans at most, unless fewer rounds than any ra
 class Outcome(NamedTuple):
     """What a sweep came to: a winner, or the reason why there is none.
 
-    `best_seconds` is less than the winner's time where a tie was given to the plan that was there before;
+    `best_seconds` is less than the winner's time where a tie was given to a plan that is better known (`Sweep._winner`);
     `stored_seconds` is the time, in the same rounds, of the winner that was stored before.
     """
 
@@ -123,7 +123,7 @@ class Sweep:
             return standings
         stay = [self.default, self.incumbent, self._frugal(standings, next(iter(standings)))]
         first = [*list(standings)[:FINAL], *space.of_different_tiles(standings, FINALISTS)]
-        plans = list(dict.fromkeys([*first, *(plan for plan in stay if plan in standings)]))
+        plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in standings]
         self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
         longest = FINAL_SECONDS / sum(standings[plan].seconds for plan in plans)
         rounds = min(FINAL_ROUNDS, max(MOST_ROUNDS, int(longest)))
@@ -204,8 +204,8 @@ class Sweep:
         self.recorded |= timings.keys()
 
     def _winner(self, standings: dict[AnyPlan, Timing]) -> Winner:
-        """The fastest, unless a better known one is as fast within the noise: what it would replace, or the same plan
-        with the usual L2 policy."""
+        """The fastest, unless one that is better known is as fast within the noise: what it would replace, or the same
+        plan with the usual L2 policy."""
         best, timing = next(iter(standings.items()))
         for known in (self.incumbent, usual(best)):
             old = standings.get(known)

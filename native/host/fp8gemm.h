@@ -158,7 +158,7 @@ FP8GEMM_API int fp8gemm_kernel_load(int device_id, const void *cubin, size_t byt
 /* FP8GEMM_NOT_PREPARED if the stream (null: none) is being captured: a call on it must not load. */
 FP8GEMM_API int fp8gemm_require_no_capture(int device_id, void *stream);
 
-/* Launches. Streams are CUstream; capture-safe; nothing synchronises or allocates. */
+/* Launches. Streams are CUstream; capture-safe; nothing synchronises or allocates. K = 0 is for the reference kernel only. */
 FP8GEMM_API int fp8gemm_launch_gemm(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
                                     const fp8gemm_problem *problem, const fp8gemm_plan *plan, void *stream);
 FP8GEMM_API int fp8gemm_launch_reference(const fp8gemm_kernel *kernel, const fp8gemm_operands *operands,
