@@ -1,8 +1,8 @@
 """Whether other kernels are faster than these: `python tests/bench_kernels.py OTHER/native/kernels`.
 
-For some problems and the cost model's best plans of different tiles, both versions are compiled, loaded as often
-as the tuner does, checked against the reference kernel and timed in turns on a Hopper GPU. As the tuner does it: by CUDA events
-around each launch, L2 flushed and other code run before. No framework is needed. `--define` passes macros to the other
+For some problems and the cost model's best plans of different tiles, both versions are compiled, loaded several times,
+checked against the reference kernel and timed in turns on a Hopper GPU, all as the tuner does it: by CUDA events around
+each launch, L2 flushed and other code run before. No framework is needed. `--define` passes macros to the other
 version, which may be a copy of these with an `#ifdef`.
 """
 

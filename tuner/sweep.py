@@ -27,7 +27,7 @@ FINAL_SECONDS = 4.0  # of running plans at most, unless fewer rounds than any ra
 class Outcome(NamedTuple):
     """What a sweep came to: a winner, or the reason why there is none.
 
-    `best_seconds` is less than the winner's time where a tie was given to a plan that is better known (`Sweep._winner`);
+    `best_seconds` is less than the winner's time where a tie went to a plan that is better known (`Sweep._winner`);
     `stored_seconds` is the time, in the same rounds, of the winner that was stored before.
     """
 
