@@ -369,9 +369,7 @@ def test_a_tie_goes_to_the_winner_of_the_other_layout() -> None:
     assert own.plan == CpuPlan(8, 32), "its own comes before the other's"
 
 
-@pytest.mark.parametrize(
-    ("gain", "policy"), [(1e-3, "evict_normal"), (0.01, "evict_first"), (0.1, "evict_first")]
-)
+@pytest.mark.parametrize(("gain", "policy"), [(1e-3, "evict_normal"), (0.01, "evict_first"), (0.1, "evict_first")])
 def test_a_tie_goes_to_the_usual_l2_policy(gain: float, policy: str) -> None:
     """A lead of a tenth of a percent is noise here, one of a percent is not, though both plans come to the end."""
     task = Task(Problem(0, 4096, 2112, 7168), H100.name, H100.sms, H100.sms)
