@@ -217,17 +217,11 @@ class DType(NamedTuple):
 
 
 E4M3, BF16, F32 = DType("float8_e4m3fn", 10, 8), DType("bfloat16", 4, 16), DType("float32", 2, 32)
-_TYPE_NAMES = (  # by DLPack's codes; the first seven come in sizes
-    *("int", "uint", "float", "opaque", "bfloat", "complex", "bool"),
-    *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
-    "float8_e5m2fnuz",
-)
 
 
 def type_name(t: native.Tensor) -> str:
-    """The dtype in words, as the GEMMs' errors say it (native/host/problem.cpp)."""
-    name = _TYPE_NAMES[t.dtype_code] if 0 <= t.dtype_code < len(_TYPE_NAMES) else "unknown type"
-    return f"{name}{t.dtype_bits}" if t.dtype_code < 7 else name
+    """The dtype in words, as the GEMMs' errors say it."""
+    return str(native.library().type_name(ctypes.byref(t)).decode())
 
 
 class Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from . import errors
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 CPU, CUDA = 1, 2  # DLPack device types
 DENSE, CONTIGUOUS, RAGGED, MASKED = range(4)  # kinds
 
@@ -191,6 +191,7 @@ _WITH_GIL_PLAIN: dict[str, tuple[Any, list[Any]]] = {
 _PLAIN: dict[str, tuple[Any, list[Any]]] = {  # no status
     "abi_version": (c_int, []),
     "last_error": (_P(_Error), []),
+    "type_name": (c_char_p, [_P(Tensor)]),
     "buffer_data": (c_void_p, [c_void_p]),
     "buffer_release": (None, [c_void_p]),
     "buffer_export": (c_void_p, [c_void_p, _P(Tensor), c_int]),

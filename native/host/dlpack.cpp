@@ -2,6 +2,7 @@
 #include "dlpack.h"
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 
@@ -12,6 +13,18 @@
 using namespace fp8gemm;
 
 static const CUstream kDefaultStream = static_cast<CUstream>(dlpack::kLegacyStream);
+
+const char* fp8gemm_type_name(const fp8gemm_tensor* tensor) {
+    static const char* const codes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool", "float8_e3m4",
+        "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"};
+    constexpr int kCodes = sizeof codes / sizeof *codes, kSized = 7;     // the first ones come in several sizes
+    static thread_local char name[32];
+    const int code = tensor->dtype_code;
+    if (code < 0 || code >= kCodes) return "unknown type";
+    if (code >= kSized) return codes[code];
+    snprintf(name, sizeof name, "%s%d", codes[code], tensor->dtype_bits);
+    return name;
+}
 
 namespace {
 

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define FP8GEMM_ABI_VERSION 3
+#define FP8GEMM_ABI_VERSION 4
 #define FP8GEMM_API __attribute__((visibility("default")))
 
 typedef enum {
@@ -109,6 +109,7 @@ FP8GEMM_API const fp8gemm_error *fp8gemm_last_error(void);
 FP8GEMM_API int fp8gemm_read_capsule(void *py_capsule, const char *argument, fp8gemm_tensor *tensor);
 FP8GEMM_API const void *fp8gemm_exchange_api(void *py_object);                   /* null: it has none */
 FP8GEMM_API int fp8gemm_read_exchange(const void *api, void *py_object, const char *argument, fp8gemm_tensor *tensor);
+FP8GEMM_API const char *fp8gemm_type_name(const fp8gemm_tensor *tensor);         /* good until this thread asks again */
 FP8GEMM_API int fp8gemm_exchange_stream(const void *api, int device_type, int device_id, void **stream);
 
 /* Memory for d=None, exported with a reference of its own. `stream` may write it, then says so with `written`; others

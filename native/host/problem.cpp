@@ -37,12 +37,7 @@ int check_type(const Tensor& t, const char* name, Type type) {
     const bool exact = t.dtype_code == rule.code && t.dtype_bits == rule.bits;
     const bool raw = t.dtype_code == dlpack::kUInt && t.dtype_bits == rule.raw_bits;
     if (t.dtype_lanes == 1 && (exact || raw)) return FP8GEMM_OK;
-    static const char* const codes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool", "float8_e3m4",
-        "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"};
-    const char* code = t.dtype_code >= 0 && t.dtype_code < 14 ? codes[t.dtype_code] : "unknown type ";
-    char bits[16] = "";
-    if (t.dtype_code < 7) snprintf(bits, sizeof bits, "%d", t.dtype_bits);
-    return fail(FP8GEMM_DTYPE, name, "dtype %s%s, expected %s", code, bits, rule.text);
+    return fail(FP8GEMM_DTYPE, name, "dtype %s, expected %s", fp8gemm_type_name(&t), rule.text);
 }
 
 int check_shape(const Tensor& t, const char* name, int ndim, const int64_t* expected, const char* meaning) {
