@@ -1,9 +1,9 @@
 """Whether other kernels are faster than these: `python tests/bench_kernels.py OTHER/native/kernels`.
 
 For some problems and the cost model's best plans of different tiles, both versions are compiled, loaded several times,
-checked against the reference kernel and timed in turns on a Hopper GPU, all as the tuner does it: by CUDA events around
-each launch, L2 flushed and other code run before. No framework is needed. `--define` passes macros to the other
-version, which may be a copy of these with an `#ifdef`.
+checked against the reference kernel and timed in turns on a Hopper GPU, all as the tuner does it: L2 flushed
+and other code run before each launch, from the end of that until the next kernel starts. No framework is needed.
+`--define` passes macros to the other version, which may be a copy of these with an `#ifdef`.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Measuring on a Hopper GPU, by the CUDA driver alone: no framework is needed.
 
-Operands are filled on the device, outputs compared there with the reference kernel's. Times are between two events on a
-stream of our own, each launch after a read of more than L2 holds, which leaves it clean, and after other code.
+Operands are filled on the device, outputs compared there with the reference kernel's. Each launch, on a stream of our
+own, comes behind a read of more than L2 holds, which leaves it clean, and other code. Its time is from the end of that
+to the start of a kernel behind it, both stamped on the device.
 """
 
 import ctypes
@@ -33,6 +34,7 @@ LOADS = 8  # of each kernel, unless beside a serving process: where code lies mo
 RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, all dense ones 300 MB
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
+STAMPS = 3  # of a turn (tuner.cu): when its flush began and ended, and when the GEMM was done
 THREADS = 256
 GRID = 132 * 8
 _POISON32 = accuracy.POISON << 16 | accuracy.POISON
@@ -62,11 +64,10 @@ class Gpu:
         cu(driver.cuCtxSetCurrent(self._context))
         self._stream = cu(driver.cuStreamCreate(1))  # does not wait for the default stream
         self.stream = int(self._stream)
-        self._events: list[Any] = []
         module = cu(driver.cuModuleLoadData(compiler.cubin(tuner_kernels())))
         self._functions = {
             name: cu(driver.cuModuleGetFunction(module, f"fp8gemm_{name}".encode()))
-            for name in ("fill_e4m3", "fill_scales", "flush", "compare")
+            for name in ("fill_e4m3", "fill_scales", "flush", "stamp", "compare")
         }
 
     @property
@@ -103,26 +104,10 @@ class Gpu:
         shape = grid, 1, 1, THREADS, 1, 1
         cu(self.driver.cuLaunchKernel(self._functions[name], *shape, 0, self._stream, (values, types), 0))
 
-    def event(self, index: int) -> Any:
-        """Events to record, made once and used again."""
-        while len(self._events) <= index:
-            self._events.append(cu(self.driver.cuEventCreate(0)))
-        return self._events[index]
-
-    def record(self, index: int) -> None:
-        cu(self.driver.cuEventRecord(self.event(index), self._stream))
-
-    def seconds(self, first: int, second: int) -> float:
-        """Between two recorded events, both passed."""
-        return float(cu(self.driver.cuEventElapsedTime(self.event(first), self.event(second)))) / 1e3
-
     def wait(self) -> None:
         cu(self.driver.cuStreamSynchronize(self._stream))
 
     def close(self) -> None:
-        for event in self._events:
-            cu(self.driver.cuEventDestroy(event))
-        self._events.clear()
         cu(self.driver.cuStreamDestroy(self._stream))
 
 
@@ -137,6 +122,7 @@ class GpuRig:
         self._seconds: dict[AnyPlan, float] = {}  # of each plan's first launch
         self._order = random.Random(1)  # so that no plan always follows the same other one
         self._least_flush = math.inf
+        self._room = 0  # turns whose stamps there is memory for
         self._clock_hz: float | None = None
         rows = p.m * (p.groups if p.kind == native.MASKED else 1)
         blocks, columns = ceil_div(p.k, accuracy.BLOCK), ceil_div(p.n, accuracy.BLOCK)
@@ -222,10 +208,29 @@ class GpuRig:
         o, p = ctypes.byref(self._operands), ctypes.byref(self._found)
         native.library().run(ctypes.byref(entry), o, p, self.gpu.stream)
 
-    def _flush(self) -> None:
-        """Fills L2 with something else, and the instruction caches too."""
+    def _clear(self, turns: int) -> None:
+        """Zeros for the stamps of as many turns."""
+        if turns > self._room:
+            self._room, self._stamps = turns, self._allocate(8 * STAMPS * turns)
+        self.gpu.fill(self._stamps, 0, 2 * STAMPS * turns, 4)
+
+    def _turn(self, plan: AnyPlan, number: int) -> None:
+        """Fills L2 with something else, and the instruction caches too; then the GEMM.
+
+        Nothing stands between the two, not even an event: so a GEMM gets ready while the kernel before it ends, as in a
+        model, a graph or a benchmark. With an event there its cold start counted, and plans ranked otherwise.
+        """
+        stamps = self._stamps + 8 * STAMPS * number, ctypes.c_void_p
         words = (self._flushed, ctypes.c_void_p), (self.target.flush_bytes // 8, ctypes.c_longlong)
-        self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p))
+        self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p), stamps)
+        self._launch(plan)
+        self.gpu.launch("stamp", 1, stamps)
+
+    def _stamped(self, turns: int) -> Any:
+        """Seconds of each turn's flush and GEMM (turns, 2), the latter until a next kernel runs, about 1 us more."""
+        stamps = np.empty((turns, STAMPS), np.int64)
+        self.gpu.download(stamps, self._stamps)
+        return np.diff(stamps) * 1e-9
 
     def error(self, plan: AnyPlan) -> float:
         if plan not in self._entries:
@@ -234,14 +239,12 @@ class GpuRig:
             self._entries[plan] = itertools.cycle([first, *self._elsewhere(first, plan)])
         n = self._problem.n
         self.gpu.fill(self._operands.d.data, accuracy.POISON, self._rows * n, 2)
-        self._flush()
-        self.gpu.record(0)
-        self._launch(plan)
-        self.gpu.record(1)
+        self._clear(1)
+        self._turn(plan, 0)
         pointers = [(p, ctypes.c_void_p) for p in (self._operands.d.data, self._reference)]
         self.gpu.launch("compare", self._rows, *pointers, (n, ctypes.c_longlong), (self._errors, ctypes.c_void_p))
         self.gpu.wait()
-        self._seconds[plan] = self.gpu.seconds(0, 1)
+        self._seconds[plan] = float(self._stamped(1)[0, 1])
         found = np.empty((self._rows, 3))
         self.gpu.download(found, self._errors)
         return judge(found, n)
@@ -262,24 +265,20 @@ class GpuRig:
         703 us and 256 x 128 661 then, without rests 753 and 761. (Beside a serving process the daemon rests longer.)
         """
         turns = [turn for _ in range(rounds) for turn in self._order.sample(range(len(plans)), len(plans))]
+        self._clear(len(turns))
         busy = 0.0
         for number, turn in enumerate(turns):
             if busy > BURST:
                 self._rest(busy)
                 busy = 0.0
             busy += self._seconds[plans[turn]]
-            self.gpu.record(3 * number)
-            self._flush()
-            self.gpu.record(3 * number + 1)
-            self._launch(plans[turn])
-            self.gpu.record(3 * number + 2)
+            self._turn(plans[turn], number)
         self._rest(busy)
         found: list[list[float]] = [[] for _ in plans]
-        for number, turn in enumerate(turns):
-            flush = self.gpu.seconds(3 * number, 3 * number + 1)
+        for turn, (flush, seconds) in zip(turns, self._stamped(len(turns)).tolist(), strict=True):
             self._least_flush = min(self._least_flush, flush)
             if not self.target.share or flush <= DISTURBED * self._least_flush:
-                found[turn].append(self.gpu.seconds(3 * number + 1, 3 * number + 2))
+                found[turn].append(seconds)
         return found
 
     def _rest(self, seconds: float) -> None:
