@@ -31,7 +31,7 @@ SWAPPED_TILE_MS = (8, 16, 32)
 SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
 DEPTHS = (1, 2, 4)
-SPLITS = (1, 2, 3, 4)  # wider clusters reach fewer SMs
+SPLITS = (1, 2, 3, 4, 5, 6)  # wider clusters reach fewer SMs
 MIN_STAGES, MAX_STAGES = 3, 16  # of compiled_space: two could not hide a load's latency
 FEWER_BYTES_AHEAD = (64 << 10, 96 << 10)  # of B, in the stages of plans for few rows
 
@@ -110,7 +110,7 @@ class Plan(NamedTuple):
         segments = self.tile_n // math.gcd(self.tile_n, 128)  # of columns, a B scale each
         scales = self.tile_m + 4 + (segments + 3) // 4 * 4
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + scales * 4) + 2 * 8
-        columns = self.tile_n // self.split
+        columns = -(-self.tile_n // 8 // self.split) * 8  # the largest share of a split
         sent = 64 * self.waves // self.split if self.swap_ab else columns
         parts = (self.split - 1) * self.tile_m * sent * 4 if self.split > 1 else 16 * self.consumers
         d = (self.tile_m if self.staged else 1) * columns * 2
@@ -127,8 +127,8 @@ class Plan(NamedTuple):
             yield f"tile_n {self.tile_n}, allowed are {tile_ns}"
         if self.swap_ab not in (0, 1):
             yield f"swap_ab {self.swap_ab}, allowed are 0 and 1"
-        if self.swap_ab and self.split == 3:
-            yield "split 3 of K with swap_ab: the four warps' sums cannot be shared by three"
+        if self.swap_ab and self.split not in (1, 2, 4):
+            yield f"split {self.split} of K with swap_ab: the sums of four warps are shared by two or four"
         if self.tile_m > 128 and self.tile_n > 128:
             yield f"tile {self.tile_m} x {self.tile_n}: the FP32 sums do not fit in registers, one side must be <= 128"
         if (self.cluster_m, self.cluster_n) not in CLUSTERS:
@@ -141,8 +141,8 @@ class Plan(NamedTuple):
             yield f"split {self.split} of K: allowed for CTAs that share nothing else"
         if self.split > 1 and kind != native.DENSE:
             yield f"split {self.split} of K for groups: nobody knows on the host whether their tiles are few"
-        if not self.swap_ab and self.tile_n % (8 * max(self.split, 1)):
-            yield f"split {self.split} of K: tile_n {self.tile_n} must be a multiple of {8 * self.split} then"
+        if not self.swap_ab and self.tile_n < 8 * self.split:
+            yield f"split {self.split} of K: tile_n {self.tile_n} must be at least {8 * self.split} then"
         if self.depth not in DEPTHS:
             yield f"depth {self.depth}, allowed are {DEPTHS}"
         if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 128):

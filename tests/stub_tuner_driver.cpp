@@ -43,6 +43,7 @@ CALL(cuDeviceGetUuid_v2, unsigned char* uuid, int device) {
 }
 CALL(cuStreamDestroy_v2, void*) { return 0; }
 CALL(cuLaunchKernelEx, const fp8gemm::CUlaunchConfig* config, const Function* function, void** arguments, void** more) {
+    if (!strcmp(function->name, "fp8gemm_stamp")) return stamp(arguments[0], 2), 0;
     last_shared = config->shared_bytes;
     now += 0.010 + config->shared_bytes % 7919 * 1e-6 + config->grid_x * 1e-6;
     return launch_and_keep(config, function, arguments, more);
@@ -54,7 +55,6 @@ CALL(cuLaunchKernel, const Function* function, unsigned grid, unsigned, unsigned
         now += stub_slow_flushes > 0 && stub_slow_flushes-- % 2 ? 0.5 : 0.12;
         stamp(arguments[3], 1);
     }
-    if (!strcmp(function->name, "fp8gemm_stamp")) stamp(arguments[0], 2);
     if (!strcmp(function->name, "fp8gemm_compare")) {
         double* errors = *static_cast<double**>(arguments[3]);
         const bool wrong = last_shared == static_cast<unsigned>(stub_wrong_shared.load());

@@ -49,8 +49,8 @@ def test_legal_plan() -> None:
         ({"cluster_m": 1, "cluster_n": 4}, ["cluster 1 x 4, allowed"]),
         ({"stages": 1}, ["1 stages, allowed are 2 to 16"]),
         ({"stages": 17, "tile_m": 64, "tile_n": 16}, ["17 stages, allowed are 2 to 16"]),
-        ({"split": 5, "cluster_n": 1, "tile_n": 80, "stages": 3}, ["split 5, allowed are (1, 2, 3, 4)"]),
-        ({"split": 3, "cluster_n": 1, "stages": 3}, ["split 3 of K", "tile_n 128 must be a multiple of 24"]),
+        ({"split": 7, "cluster_n": 1, "tile_n": 80, "stages": 3}, ["split 7, allowed are (1, 2, 3, 4, 5, 6)"]),
+        ({"split": 5, "cluster_n": 1, "tile_n": 32}, ["split 5 of K", "tile_n 32 must be at least 40"]),
         ({"split": 2, "stages": 2}, ["split 2 of K", "share nothing else"]),
         ({"depth": 3, "stages": 2, "tile_n": 64}, ["depth 3, allowed are (1, 2, 4)"]),
         ({"depth": 2, "stages": 2, "tile_n": 144}, ["depth 2 for a tile of 128 x 144, allowed up to 128 x 128"]),
@@ -90,7 +90,7 @@ def test_violations_of_groups(kind: int) -> None:
 
 
 def test_every_violation_is_told() -> None:
-    broken = Plan(100, 100, 100, 3, 3, 3, 5, 0, 1000, -1, "x")
+    broken = Plan(100, 50, 100, 3, 3, 3, 7, 0, 1000, -1, "x")
     assert len(list(broken.violations(native.DENSE, H100))) == 12
 
 

@@ -8,10 +8,16 @@
 
 namespace fp8gemm {
 
+// Of a tile's columns, those that this CTA stores.
+__device__ int own_columns() {
+    const int rank = kSplit > 1 ? cluster_rank() : 0;
+    return columns_before(rank + 1) - columns_before(rank);
+}
+
 // Before a CTA sends its sums: it says how many it expects itself, and waits until its peers can take them.
-__device__ void open_exchange(SharedStorage& s, int consumer, u32 round) {
+__device__ void open_exchange(SharedStorage& s, int consumer, u32 round, u32 bytes) {
     const int lane = threadIdx.x % 32;
-    if (threadIdx.x % 128 == 0) barrier_arrive_expect(&s.parts_full[consumer], sizeof s.parts / kConsumers);
+    if (threadIdx.x % 128 == 0) barrier_arrive_expect(&s.parts_full[consumer], bytes);
     if (round == 0) {
         cluster_wait();                                          // the peers' barriers are set up
     } else {                                                     // what they sent is read, and what we sent to them
@@ -25,38 +31,42 @@ __device__ void open_exchange(SharedStorage& s, int consumer, u32 round) {
 // The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
 // order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
 __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
-    constexpr int kRegisters = kColumns / 2;
+    constexpr int kEight = kPartThreads * sizeof(float4);        // eight columns' sums, of all threads
     const int rank = cluster_rank(), thread = threadIdx.x % 128;
     u64* full = &s.parts_full[consumer];
-    open_exchange(s, consumer, round);
+    open_exchange(s, consumer, round, own_columns() / 8 * kWaves * (kSplit - 1) * kEight);
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;
         const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to);
         const u32 there = remote_address(full, to);
 #pragma unroll
-        for (int i = 0; i < kWaves * kRegisters; i += 4)
-            store_async_remote(part + i / 4 * kPartThreads * sizeof(float4),
-                               &sum[i / kRegisters][to * kRegisters + i % kRegisters], there);
+        for (int w = 0; w < kWaves; ++w)
+#pragma unroll
+            for (int c = columns_before(to), i = 0; c < columns_before(to + 1); c += 8, ++i)
+                store_async_remote(part + (w * kColumns / 8 + i) * kEight, &sum[w][c / 2], there);
     }
     barrier_wait(full, round++ % 2);
 #pragma unroll
     for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
         if (at != rank) continue;
 #pragma unroll
-        for (int i = 0; i < kWaves * kRegisters; i += 4) {
-            float* const out = &sum[i / kRegisters][i % kRegisters];
-            const float* const own = out + at * kRegisters;
-            float4 total;
+        for (int w = 0; w < kWaves; ++w)
 #pragma unroll
-            for (int from = 0; from < kSplit; ++from) {
-                float4 v = make_float4(own[0], own[1], own[2], own[3]);
-                if (from != at)
-                    v = s.parts[from - (from > at)][consumer][i / 4 * kPartThreads + thread % kPartThreads];
-                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+            for (int c = columns_before(at), i = 0; c < columns_before(at + 1); c += 8, ++i) {
+                const float* const own = &sum[w][c / 2];
+                float* const out = &sum[w][i * 4];
+                float4 total;
+#pragma unroll
+                for (int from = 0; from < kSplit; ++from) {
+                    float4 v = make_float4(own[0], own[1], own[2], own[3]);
+                    if (from != at)
+                        v = s.parts[from - (from > at)][consumer]
+                                   [(w * kColumns / 8 + i) * kPartThreads + thread % kPartThreads];
+                    total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+                }
+                out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
             }
-            out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
-        }
     }
 }
 
@@ -91,10 +101,11 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
         const int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows) break;
         u16* to = d + row * p.d_row + lane % 4 * 2;
-        if (pairs && columns >= kColumns) {
+        if (pairs && (columns >= kColumns || (kSplit > 1 && columns % 8 == 0))) {
 #pragma unroll
             for (int j = 0; j < kColumns / 8; ++j)
-                *reinterpret_cast<u32*>(to + j * 8) = pack_bf16(sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]);
+                if (kSplit == 1 || j * 8 < columns)          // shares of a split may differ by eight columns
+                    *reinterpret_cast<u32*>(to + j * 8) = pack_bf16(sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]);
         } else {
 #pragma unroll
             for (int i = 0; i < kColumns / 4; ++i)
@@ -109,7 +120,7 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, const float (&
                            int consumer) {
     const bool leader = threadIdx.x % 128 == 0;
     const int first_row = consumer * kWaves * 64, rows = tile.rows - first_row, row = tile.row + first_row;
-    const int columns = p.n - tile.column, group = kKind == kMasked ? tile.group : 0;
+    const int columns = min(p.n - tile.column, own_columns()), group = kKind == kMasked ? tile.group : 0;
     // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
     if (kStaged && p.d_by_tma && (rows >= kWaves * 64 || kKind == kDense)) {
         if (leader) tma_store_wait_read();                       // the last tile's store has left the buffer

@@ -302,7 +302,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         }
         if constexpr (kSplit > 1) {
             exchange_parts(s, sum, consumer, rounds);
-            tile.column += cluster_rank() * kColumns;
+            tile.column += columns_before(cluster_rank());
         }
         store_tile(p, s, sum, tile, consumer);
     }

@@ -69,7 +69,9 @@ constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that
 constexpr int kSegments = kTileN / kSegment;
 // A block's scales: of A's rows, then B's of each segment: consumers need not ask where in a tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
-constexpr int kColumns = kTileN / kSplit;                        // of the tile, that a CTA stores
+// The columns of a tile that the CTAs of a split add up and store: whole groups of eight, as equal shares as that allows.
+constexpr int columns_before(int part) { return kTileN / 8 * part / kSplit * 8; }
+constexpr int kColumns = kSplit == 1 ? kTileN : (kTileN / 8 + kSplit - 1) / kSplit * 8;      // the largest share
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
                               : kPartThreads * kColumns / 8;
@@ -82,10 +84,10 @@ constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
 static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192, "see wgmma.cuh; registers hold no more");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
-static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider ones reach fewer SMs; they share stages or K");
-static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3), "see swapped.cuh");
+static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 6, "wider ones reach fewer SMs; they share stages or K");
+static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3 && kSplit <= 4), "see swapped.cuh");
 static_assert(!kSwapAB || kKind != kContiguous, "a tile of a few rows would count more of its segment");
-static_assert(kSwapAB || (kColumns % 8 == 0 && kColumns * kSplit == kTileN), "a CTA stores whole registers of wgmma");
+static_assert(kSwapAB || kTileN >= 8 * kSplit, "a CTA stores whole registers of wgmma");
 static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "deep stages come by whole blocks");
 static_assert(!kBulkScales || kScalesAhead, "beside bulk copies, warps that copy scales wait for the first load");
 static_assert(kSwapAB || kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");

@@ -20,7 +20,7 @@ constexpr int kSwappedRegisters = kWaves * kTokens / 2;          // of a thread'
 __device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegisters], u32& round) {
     constexpr int kThreadsEach = 128 / kSplit;
     const int rank = cluster_rank(), thread = threadIdx.x % 128, owner = thread / kThreadsEach;
-    open_exchange(s, 0, round);
+    open_exchange(s, 0, round, sizeof s.parts);
     if (owner != rank) {
         const u32 part = remote_address(&s.parts[rank - (rank > owner)][0][thread % kThreadsEach], owner);
         const u32 there = remote_address(&s.parts_full[0], owner);
