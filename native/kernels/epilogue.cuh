@@ -76,8 +76,20 @@ __device__ u32 panel_offset(int row, int column) {
     return kSwizzled ? offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16)) : offset;
 }
 
-// 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others.
-__device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum)[kTileN / 2], int first) {
+// What a tile's last turn leaves to be promoted: sums of its last block, and their scales.
+struct Rest {
+    float partial[kTileN / 2], scale[kSegments][2];
+
+    __device__ void promote(float (&sum)[kTileN / 2], int first, int count) const {
+#pragma unroll
+        for (int i = first; i < first + count; ++i) sum[i] += scale[i * 2 / kSegment][i / 2 % 2] * partial[i];
+    }
+};
+
+// 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others. What is left to promote is promoted on
+// the way: its FMAs run while shared memory is written.
+__device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], float (&sum)[kTileN / 2], int first, const Rest& rest,
+                           bool has_rest) {
     const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
     // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... Of a swizzled panel a step's columns set bits
     // that are 0 here and that the swizzle does not read: XOR takes the place of swizzling each anew.
@@ -85,6 +97,7 @@ __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], const float (&sum
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
         const int panel = j * 16 / kPanel, column = j * 16 % kPanel;
+        if (has_rest) rest.promote(sum, j * 8, 8);
         const float* v = &sum[j * 8];
         const u32 to = kSwizzled ? at ^ column * sizeof(u16) : at + column * sizeof(u16);
         store_matrix_x4(shared_address(panels[panel]) + to, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
@@ -115,18 +128,24 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
     }
 }
 
+// Until the last tile's store has left the consumer's buffer.
+__device__ void wait_for_staging(int consumer) {
+    if (threadIdx.x % 128 == 0) tma_store_wait_read();
+    named_barrier_sync(1 + consumer, 128);
+}
+
 // A consumer's rows of a tile.
-__device__ void store_tile(const GemmParams& p, SharedStorage& s, const float (&sum)[kWaves][kTileN / 2], const Tile& tile,
-                           int consumer) {
+__device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Rest& rest,
+                           const Tile& tile, int consumer) {
     const bool leader = threadIdx.x % 128 == 0;
     const int first_row = consumer * kWaves * 64, rows = tile.rows - first_row, row = tile.row + first_row;
     const int columns = min(p.n - tile.column, own_columns()), group = kKind == kMasked ? tile.group : 0;
     // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
     if (kStaged && p.d_by_tma && (rows >= kWaves * 64 || kKind == kDense)) {
-        if (leader) tma_store_wait_read();                       // the last tile's store has left the buffer
-        named_barrier_sync(1 + consumer, 128);
+        if (!kLastApart) wait_for_staging(consumer);
 #pragma unroll
-        for (int w = 0; w < kWaves; ++w) stage_wave(s.d[consumer], sum[w], w * 64);
+        for (int w = 0; w < kWaves; ++w)
+            stage_wave(s.d[consumer], sum[w], w * 64, rest, kLastApart && w == kWaves - 1);
         fence_async_proxy();
         named_barrier_sync(1 + consumer, 128);
         if (leader) {
@@ -136,6 +155,7 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, const float (&
             tma_store_commit();
         }
     } else {
+        if (kLastApart) rest.promote(sum[kWaves - 1], 0, kTileN / 2);
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
             store_wave(p, sum[w], p.d_data + group * p.d_group + (row + w * 64) * p.d_row + tile.column,

@@ -4,14 +4,12 @@
 //
 // A persistent, warp-specialised kernel. Each CTA walks over output tiles (scheduler.cuh). Its warps have two roles:
 //
-//   producer   one warpgroup: warp 0 streams A and B by TMA into a ring of stages, and A's scales where it can; the
-//              other warps bring the rest of the scales
+//   producer   one warpgroup: a warp streams A, B and, where it can, A's scales into a ring of stages; others bring the rest
 //   consumers  one to three warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
-// A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has
-// landed) and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about
-// 14 bits of a sum, so a partial sum lives there for one block only; FP32 registers hold the rest (two-level
-// accumulation).
+// A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has landed)
+// and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about 14 bits of a
+// sum, so a partial sum lives there for one block only; FP32 registers hold the rest (two-level accumulation).
 // Where tiles are few, the CTAs of a cluster share a tile's K, and each adds up their sums of some columns, in order.
 //
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
@@ -31,8 +29,7 @@ __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kT
 
 __device__ bool scales_by_bulk(const GemmParams& p) { return kBulkScales && p.sa_by_bulk; }
 
-// Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind the last of them is
-// copied apart.
+// Rows of A's scales: bulk copies begin and end at multiples of four in memory. What A has behind them is copied apart.
 struct ScaleRows { int first, lead, bulk, rest; };               // lead: those before the tile, of a ragged group
 
 __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
@@ -42,11 +39,9 @@ __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
 }
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
-// A box: rows of one block of K or, where K is whole blocks, of several blocks of a deep stage. For both CTAs of the
-// cluster if shared.
+// A box: rows of one block of K or, where K is whole blocks, of several of a deep stage. For both CTAs if shared.
 template <bool kShared>
-__device__ void load_box(void* to, const TensorMap& map, bool blocked, int block, int row, int group, u64* full,
-                         u64 policy) {
+__device__ void load_box(void* to, const TensorMap& map, bool blocked, int block, int row, int group, u64* full, u64 policy) {
     constexpr u16 kAll = 3;
     const int x = blocked ? 0 : block * kTileK, z = blocked ? block : 0;
     if constexpr (kDepth == 1 && kShared) tma_load_multicast(to, map, block * kTileK, row, group, full, policy, kAll);
@@ -191,7 +186,8 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
-template <bool B> struct Constant { static constexpr bool value = B; };          // std::bool_constant: no headers here
+struct Yes { static constexpr bool value = true; };              // std::true_type: no headers here
+struct No { static constexpr bool value = false; };
 
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -229,19 +225,23 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         int kb = first_block;
         bool landed = false;                                     // the next stage
-        auto turn = [&](auto first) {                            // a tile's first one: there are no sums yet
+        Rest rest;
+        auto turn = [&](auto first, auto last) {                 // a tile's first one finds no sums yet
             float scale_a[kItems][2], scale_b[kTurn][kSegments], partial[kPartials][kTileN / 2];
             auto promote = [&](int item) {
                 const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item : 0;
+                const bool late = last.value && item == kItems - 1;      // the store does it
                 if (j > 0 && kb + j >= blocks) return;
                 float scale[kSegments][2];
 #pragma unroll
                 for (int i = 0; i < kSegments; ++i)
-                    for (int half = 0; half < 2; ++half) scale[i][half] = scale_a[item][half] * scale_b[j][i];
+                    for (int half = 0; half < 2; ++half)
+                        (late ? rest.scale : scale)[i][half] = scale_a[item][half] * scale_b[j][i];
 #pragma unroll
                 for (int i = 0; i < kTileN / 2; ++i)
-                    sum[w][i] = scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i] +
-                                (first.value && j == 0 ? 0 : sum[w][i]);
+                    if (late) rest.partial[i] = partial[item % kPartials][i];
+                    else sum[w][i] = scale[i * 2 / kSegment][i / 2 % 2] * partial[item % kPartials][i] +
+                                     (first.value && j == 0 ? 0 : sum[w][i]);
             };
             u32 used = 0, used_before = 0;                       // `empty` of the last two stages
 #pragma unroll
@@ -284,6 +284,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                 if (kTurn > kDepth) release(used_before);
                 promote(done);
             }
+            if (last.value) wait_for_staging(consumer);
             wgmma_wait<0>();
             release(used);                                       // before the promotion: neither side need wait for it
             landed = barrier_test(&ring.stage(s).full, ring.phase);
@@ -291,20 +292,23 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             kb += kTurn;
         };
         auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
-        if (kFirstApart) await(), turn(Constant<true>());        // there is one: K = 0 is the reference kernel's
-        if (kb < last_block) await();
-        for (; kb < last_block; await()) {
-            turn(Constant<false>());
-            if (kb >= last_block) break;                         // here, not above: one branch a turn is taken, not two
+        if (kFirstApart) await(), turn(Yes{}, No{});              // there is one: K = 0 is the reference kernel's
+        const int end = kLastApart ? last_block - kTurn : last_block;
+        if (kb < end) await();
+        for (; kb < end; await()) {
+            turn(No{}, No{});
+            if (kb >= end) break;                                // here, not above: one branch a turn is taken, not two
             if (!kTwiceUnrolled) continue;
-            await(), turn(Constant<false>());
-            if (kb >= last_block) break;
+            await(), turn(No{}, No{});
+            if (kb >= end) break;
         }
+        if (kLastApart && kb < last_block) await(), turn(No{}, Yes{});
+        else if (kLastApart) wait_for_staging(consumer), rest = {};              // the first was the last
         if constexpr (kSplit > 1) {
             exchange_parts(s, sum, consumer, rounds);
             tile.column += columns_before(cluster_rank());
         }
-        store_tile(p, s, sum, tile, consumer);
+        store_tile(p, s, sum, rest, tile, consumer);
     }
     if (kStaged && threadIdx.x % 128 == 0 && p.d_by_tma) tma_store_wait();
 }
