@@ -2,7 +2,7 @@
 
 Operands are filled on the device, outputs compared there with the reference kernel's. Each launch, on a stream of our
 own, comes behind a read of more than L2 holds, which leaves it clean, and other code. Its time is from the end of that
-to its own end, both stamped on the device.
+to its own end, stamped on the device.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ LOADS = 8  # of each kernel, unless beside a serving process: where code lies mo
 RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, all dense ones 300 MB
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
-STAMPS = 3  # of a turn (tuner.cu): when its flush began and ended, and when the GEMM was done
+STAMPS = 3  # of a turn: before its flush, behind it, behind the GEMM
 THREADS = 256
 GRID = 132 * 8
 _POISON32 = accuracy.POISON << 16 | accuracy.POISON
@@ -88,7 +88,9 @@ class Gpu:
         cu(self.driver.cuMemFree(pointer))
 
     def upload(self, pointer: int, values: Any) -> None:
-        cu(self.driver.cuMemcpyHtoD(pointer, values.ctypes.data, values.nbytes))
+        """In the order of our stream, which does not wait for copies on another one."""
+        cu(self.driver.cuMemcpyHtoDAsync(pointer, values.ctypes.data, values.nbytes, self._stream))
+        self.wait()
 
     def download(self, values: Any, pointer: int) -> None:
         cu(self.driver.cuMemcpyDtoH(values.ctypes.data, pointer, values.nbytes))
@@ -104,16 +106,15 @@ class Gpu:
         shape = grid, 1, 1, THREADS, 1, 1
         cu(self.driver.cuLaunchKernel(self._functions[name], *shape, 0, self._stream, (values, types), 0))
 
-    def launch_early(self, name: str, *arguments: tuple[int, Any]) -> None:
-        """One warp of a kernel of ours that waits by itself for the kernel before it."""
-        values, types = zip(*arguments, strict=True)
+    def stamp(self, pointer: int) -> None:
+        """Has the time written when the kernel before is done; the one that writes it is launched early and waits."""
         early = self.driver.CUlaunchAttribute()
         early.id = self.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
         config = self.driver.CUlaunchConfig()
         config.gridDimX = config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX, config.hStream, config.attrs, config.numAttrs = 32, self._stream, [early], 1
-        cu(self.driver.cuLaunchKernelEx(config, self._functions[name], (values, types), 0))
+        cu(self.driver.cuLaunchKernelEx(config, self._functions["stamp"], ((pointer,), (ctypes.c_void_p,)), 0))
 
     def wait(self) -> None:
         cu(self.driver.cuStreamSynchronize(self._stream))
@@ -219,23 +220,23 @@ class GpuRig:
         o, p = ctypes.byref(self._operands), ctypes.byref(self._found)
         native.library().run(ctypes.byref(entry), o, p, self.gpu.stream)
 
-    def _clear(self, turns: int) -> None:
-        """Zeros for the stamps of as many turns."""
+    def _make_room(self, turns: int) -> None:
+        """For the stamps of as many turns."""
         if turns > self._room:
             self._room, self._stamps = turns, self._allocate(8 * STAMPS * turns)
-        self.gpu.fill(self._stamps, 0, 2 * STAMPS * turns, 4)
 
     def _turn(self, plan: AnyPlan, number: int) -> None:
         """Fills L2 with something else, and the instruction caches too; then the GEMM.
 
-        Nothing stands between the two, not even an event: so a GEMM gets ready while the kernel before it ends, as in a
-        model, a graph or a benchmark. With an event there its cold start counted, and plans ranked otherwise.
+        The stamp between them keeps the GEMM from getting ready while the flush ends, so that its cold start counts.
         """
-        stamps = self._stamps + 8 * STAMPS * number, ctypes.c_void_p
+        stamps = self._stamps + 8 * STAMPS * number
         words = (self._flushed, ctypes.c_void_p), (self.target.flush_bytes // 8, ctypes.c_longlong)
-        self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p), stamps)
+        self.gpu.stamp(stamps)
+        self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p))
+        self.gpu.stamp(stamps + 8)
         self._launch(plan)
-        self.gpu.launch_early("stamp", stamps)
+        self.gpu.stamp(stamps + 16)
 
     def _stamped(self, turns: int) -> Any:
         """Seconds of each turn's flush and GEMM (turns, 2)."""
@@ -250,7 +251,7 @@ class GpuRig:
             self._entries[plan] = itertools.cycle([first, *self._elsewhere(first, plan)])
         n = self._problem.n
         self.gpu.fill(self._operands.d.data, accuracy.POISON, self._rows * n, 2)
-        self._clear(1)
+        self._make_room(1)
         self._turn(plan, 0)
         pointers = [(p, ctypes.c_void_p) for p in (self._operands.d.data, self._reference)]
         self.gpu.launch("compare", self._rows, *pointers, (n, ctypes.c_longlong), (self._errors, ctypes.c_void_p))
@@ -276,7 +277,7 @@ class GpuRig:
         703 us and 256 x 128 661 then, without rests 753 and 761. (Beside a serving process the daemon rests longer.)
         """
         turns = [turn for _ in range(rounds) for turn in self._order.sample(range(len(plans)), len(plans))]
-        self._clear(len(turns))
+        self._make_room(len(turns))
         busy = 0.0
         for number, turn in enumerate(turns):
             if busy > BURST:
