@@ -205,7 +205,7 @@ def reference_kernel(kind: int, output_fp32: bool = False) -> Kernel:
 
 
 def tuner_kernels() -> Kernel:
-    """The tuner's own: filling operands, flushing L2, stamping times, comparing outputs. One cubin holds them all."""
+    """The tuner's own: filling operands, flushing L2, comparing outputs. One cubin holds them all."""
     return Kernel("tuner.cu", "fp8gemm_fill_e4m3", ())
 
 

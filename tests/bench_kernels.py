@@ -1,9 +1,9 @@
-"""Whether other kernels are faster than these: `python tests/bench_kernels.py OTHER/native/kernels`.
+"""Whether other kernels are faster than these: `python tests/bench_kernels.py OTHER/native/kernels ...`.
 
-For some problems and the cost model's best plans of different tiles, both versions are compiled, loaded several times,
-checked against the reference kernel and timed in turns on a Hopper GPU, all as the tuner does it: L2 flushed
-and other code run before each launch, from the end of that until the next kernel starts. No framework is needed.
-`--define` passes macros to the other version, which may be a copy of these with an `#ifdef`.
+For some problems, all versions are compiled for the cost model's best plans of different tiles, or for those named by
+`--plan tile_m=128,tile_n=192,stages=4`, loaded several times, checked against the reference kernel and timed in turns
+on a Hopper GPU, all as the tuner does it: by CUDA events around each launch, L2 flushed and other code run before. No
+framework is needed. `--define` passes macros to the other versions, which may be copies of these with an `#ifdef`.
 """
 
 import argparse
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from fp8gemm import backends, compiler, native, planner
+from fp8gemm import backends, compiler, cost, native, planner
 from fp8gemm.accuracy import TOLERANCE
 from fp8gemm.plan import Kernel, Plan
+from fp8gemm.problem import KINDS
+from fp8gemm.store import Task
 from fp8gemm.tuner import measure, presets, space
 from fp8gemm.tuner.gpu import LOADS, GpuTarget
 
@@ -35,19 +37,19 @@ class Version(NamedTuple):
     sources: dict[str, str]
     macros: tuple[tuple[str, int], ...] = ()
 
-    def kernel(self, plan: Plan) -> Kernel:
-        kernel = plan.kernel(native.DENSE)
+    def kernel(self, plan: Plan, kind: int) -> Kernel:
+        kernel = plan.kernel(kind)
         return kernel._replace(macros=kernel.macros + self.macros)
 
-    def build(self, plans: Sequence[Plan]) -> None:
+    def build(self, plans: Sequence[Plan], kind: int) -> None:
         """Into the cache, as many at a time as there are cores."""
         with mock.patch.object(compiler, "sources", return_value=self.sources), ThreadPoolExecutor() as pool:
-            list(pool.map(compiler.cubin, {self.kernel(plan) for plan in plans}))
+            list(pool.map(compiler.cubin, {self.kernel(plan, kind) for plan in plans}))
 
     def entries(self, plan: Plan, found: native.Problem) -> list[native.Entry]:
         """What launches the plan, once for each load of its kernel."""
         with mock.patch.object(compiler, "sources", return_value=self.sources):
-            handles = backends.loaded_again(0, self.kernel(plan), plan.shared_bytes, LOADS)
+            handles = backends.loaded_again(0, self.kernel(plan, found.kind), plan.shared_bytes, LOADS)
         key = planner.make_key(found)
         return [native.Entry(key=key, kernel=handle.value, plan=plan.native()) for handle in handles]
 
@@ -63,40 +65,61 @@ def timings(rig: Any, versions: Sequence[Version], plans: Sequence[Plan], rounds
     return [found[i : i + len(versions)] for i in range(0, len(found), len(versions))]
 
 
-def ratios(target: GpuTarget, versions: Sequence[Version], shape: str, count: int, rounds: int) -> list[float]:
-    """The others' time over that of these with each plan of a problem, printed as well."""
-    m, n, k = map(int, shape.split("x"))
-    (task,) = presets.tasks([presets.problem(native.DENSE, m, n, k)], target.device, None)
-    some = space.of_different_tiles(space.kernels(task, target.device), count)
-    plans = [plan for plan in some if isinstance(plan, Plan)]
+def named(text: str, task: Task) -> Plan:
+    """The plan of these fields, on all SMs and with the model's raster unless it says otherwise."""
+    fields: dict[str, Any] = dict(field.split("=") for field in text.split(","))
+    for name in fields.keys() - {"b_policy"}:
+        fields[name] = int(fields[name])
+    plan = Plan(**{"num_sms": task.num_sms} | fields)
+    return plan if "raster" in fields else plan._replace(raster=cost.raster(task.problem, plan))
+
+
+def compare(
+    target: GpuTarget, versions: Sequence[Version], task: Task, plans: Sequence[Plan], rounds: int
+) -> list[list[float]]:
+    """The others' times over that of these with each plan of a problem, printed as well."""
     for version in versions:
-        version.build(plans)
+        version.build(plans, task.problem.kind)
     with contextlib.closing(target.rig(task)) as rig:
         timed = timings(rig, versions, plans, rounds)
-    print(f"{task.name}, microseconds: these, the others, their ratio")
+    print(f"{task.name}, microseconds: {', '.join(version.name for version in versions)}; their ratios to the first")
     found = []
-    for plan, (these, others) in zip(plans, timed, strict=True):
-        found.append(others.seconds / these.seconds)
-        noise = math.hypot(these.spread, others.spread) / these.seconds
-        times = f"{1e6 * these.seconds:8.2f} {1e6 * others.seconds:8.2f}"
-        print(f"    {times}  {found[-1]:.3f} +- {noise:.3f}  {plan}", flush=True)
+    for plan, (these, *others) in zip(plans, timed, strict=True):
+        found.append([other.seconds / these.seconds for other in others])
+        noise = max(math.hypot(these.spread, other.spread) for other in others) / these.seconds
+        times = " ".join(f"{1e6 * timing.seconds:8.2f}" for timing in (these, *others))
+        print(f"    {times}  {' '.join(f'{ratio:.3f}' for ratio in found[-1])} +- {noise:.3f}  {plan}", flush=True)
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("others", type=Path, help="their folder")
+    parser.add_argument("others", type=Path, nargs="+", help="their folders")
     parser.add_argument("--define", action="append", default=[], metavar="NAME=NUMBER", help="a macro for the others")
     parser.add_argument("--shape", default=SHAPES, metavar="MxNxK,...")
+    parser.add_argument("--kind", default="dense", choices=KINDS)
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--expected-m", type=int, default=0)
+    parser.add_argument("--row-scales", action="store_true", help="A's scales lie row-major")
+    parser.add_argument("--plan", action="append", default=[], metavar="FIELD=VALUE,...", help="in place of --plans")
     parser.add_argument("--plans", type=int, default=3, help="of each problem (3)")
     parser.add_argument("--rounds", type=int, default=60)
     given = parser.parse_args(arguments)
     macros = tuple((name, int(value)) for name, value in (text.split("=") for text in given.define))
-    versions = [Version("these", compiler.sources()), Version("the others", compiler.sources_in(given.others), macros)]
-    shapes = given.shape.split(",")
+    others = [Version(str(folder), compiler.sources_in(folder), macros) for folder in given.others]
+    versions = [Version("these", compiler.sources()), *others]
+    ratios: list[list[float]] = []
     with contextlib.closing(GpuTarget(0)) as target:
-        found = [ratio for shape in shapes for ratio in ratios(target, versions, shape, given.plans, given.rounds)]
-    print(f"the others take {statistics.geometric_mean(found):.4f} times as long (geometric mean of {len(found)})")
+        for shape in given.shape.split(","):
+            kind, (m, n, k) = KINDS.index(given.kind), map(int, shape.split("x"))
+            problem = presets.called(kind, m, n, k, given.groups, given.expected_m, given.row_scales)
+            (task,) = presets.tasks([problem], target.device, None)
+            best = space.of_different_tiles(space.kernels(task, target.device), given.plans)
+            plans = [named(text, task) for text in given.plan] or [plan for plan in best if isinstance(plan, Plan)]
+            ratios += compare(target, versions, task, plans, given.rounds)
+    for version, found in zip(others, zip(*ratios, strict=True), strict=True):
+        mean = statistics.geometric_mean(found)
+        print(f"{version.name} take {mean:.4f} times as long (geometric mean of {len(found)})")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 What it measures on a real GPU is for tests/test_gpu.py.
 """
 
+import contextlib
 import functools
 import inspect
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -201,3 +203,18 @@ def test_other_kernels_are_timed_beside_these() -> None:
     gemms = {kernel for kernel in built if kernel.function == "fp8gemm_gemm"}
     others = {kernel for kernel in gemms if ("OTHER", 3) in kernel.macros}
     assert len(gemms) == 2 * len(others) == 8
+
+
+@on_stub
+def test_named_plans_of_groups_are_timed() -> None:
+    target().close()
+    kernels, plan = (
+        str(HERE.parent / "native" / "kernels"),
+        "tile_m=64,tile_n=96,stages=4,raster=2,b_policy=evict_first",
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        options = ["--kind", "masked", "--groups", "4", "--expected-m", "20", "--shape", "64x256x512", "--rounds", "5"]
+        bench_kernels.main([kernels, kernels, *options, "--plan", plan])
+    assert "64x256x512 masked 4 groups of" in out.getvalue()
+    assert "64x96 stages 4 sms 132 raster 2 evict_first" in out.getvalue()
+    assert out.getvalue().count("times as long (geometric mean of 1)") == 2

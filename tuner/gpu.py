@@ -1,8 +1,7 @@
 """Measuring on a Hopper GPU, by the CUDA driver alone: no framework is needed.
 
-Operands are filled on the device, outputs compared there with the reference kernel's. Each launch, on a stream of our
-own, comes behind a read of more than L2 holds, which leaves it clean, and other code. Its time is from the end of that
-to its own end, stamped on the device.
+Operands are filled on the device, outputs compared there with the reference kernel's. Times are between two events on a
+stream of our own, each launch after a read of more than L2 holds, which leaves it clean, and after other code.
 """
 
 import ctypes
@@ -34,7 +33,6 @@ LOADS = 8  # of each kernel, unless beside a serving process: where code lies mo
 RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, all dense ones 300 MB
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
-STAMPS = 3  # of a turn: before its flush, behind it, behind the GEMM
 THREADS = 256
 GRID = 132 * 8
 _POISON32 = accuracy.POISON << 16 | accuracy.POISON
@@ -64,10 +62,11 @@ class Gpu:
         cu(driver.cuCtxSetCurrent(self._context))
         self._stream = cu(driver.cuStreamCreate(1))  # does not wait for the default stream
         self.stream = int(self._stream)
+        self._events: list[Any] = []
         module = cu(driver.cuModuleLoadData(compiler.cubin(tuner_kernels())))
         self._functions = {
             name: cu(driver.cuModuleGetFunction(module, f"fp8gemm_{name}".encode()))
-            for name in ("fill_e4m3", "fill_scales", "flush", "stamp", "compare")
+            for name in ("fill_e4m3", "fill_scales", "flush", "compare")
         }
 
     @property
@@ -88,7 +87,7 @@ class Gpu:
         cu(self.driver.cuMemFree(pointer))
 
     def upload(self, pointer: int, values: Any) -> None:
-        """In the order of our stream, which does not wait for copies on another one."""
+        """In the order of our stream, which does not wait for what other streams copy."""
         cu(self.driver.cuMemcpyHtoDAsync(pointer, values.ctypes.data, values.nbytes, self._stream))
         self.wait()
 
@@ -106,20 +105,26 @@ class Gpu:
         shape = grid, 1, 1, THREADS, 1, 1
         cu(self.driver.cuLaunchKernel(self._functions[name], *shape, 0, self._stream, (values, types), 0))
 
-    def stamp(self, pointer: int) -> None:
-        """Has the time written when the kernel before is done; the one that writes it is launched early and waits."""
-        early = self.driver.CUlaunchAttribute()
-        early.id = self.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config = self.driver.CUlaunchConfig()
-        config.gridDimX = config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.blockDimX, config.hStream, config.attrs, config.numAttrs = 32, self._stream, [early], 1
-        cu(self.driver.cuLaunchKernelEx(config, self._functions["stamp"], ((pointer,), (ctypes.c_void_p,)), 0))
+    def event(self, index: int) -> Any:
+        """Events to record, made once and used again."""
+        while len(self._events) <= index:
+            self._events.append(cu(self.driver.cuEventCreate(0)))
+        return self._events[index]
+
+    def record(self, index: int) -> None:
+        cu(self.driver.cuEventRecord(self.event(index), self._stream))
+
+    def seconds(self, first: int, second: int) -> float:
+        """Between two recorded events, both passed."""
+        return float(cu(self.driver.cuEventElapsedTime(self.event(first), self.event(second)))) / 1e3
 
     def wait(self) -> None:
         cu(self.driver.cuStreamSynchronize(self._stream))
 
     def close(self) -> None:
+        for event in self._events:
+            cu(self.driver.cuEventDestroy(event))
+        self._events.clear()
         cu(self.driver.cuStreamDestroy(self._stream))
 
 
@@ -134,7 +139,6 @@ class GpuRig:
         self._seconds: dict[AnyPlan, float] = {}  # of each plan's first launch
         self._order = random.Random(1)  # so that no plan always follows the same other one
         self._least_flush = math.inf
-        self._room = 0  # turns whose stamps there is memory for
         self._clock_hz: float | None = None
         rows = p.m * (p.groups if p.kind == native.MASKED else 1)
         blocks, columns = ceil_div(p.k, accuracy.BLOCK), ceil_div(p.n, accuracy.BLOCK)
@@ -220,29 +224,10 @@ class GpuRig:
         o, p = ctypes.byref(self._operands), ctypes.byref(self._found)
         native.library().run(ctypes.byref(entry), o, p, self.gpu.stream)
 
-    def _make_room(self, turns: int) -> None:
-        """For the stamps of as many turns."""
-        if turns > self._room:
-            self._room, self._stamps = turns, self._allocate(8 * STAMPS * turns)
-
-    def _turn(self, plan: AnyPlan, number: int) -> None:
-        """Fills L2 with something else, and the instruction caches too; then the GEMM.
-
-        The stamp between them keeps the GEMM from getting ready while the flush ends, so that its cold start counts.
-        """
-        stamps = self._stamps + 8 * STAMPS * number
+    def _flush(self) -> None:
+        """Fills L2 with something else, and the instruction caches too."""
         words = (self._flushed, ctypes.c_void_p), (self.target.flush_bytes // 8, ctypes.c_longlong)
-        self.gpu.stamp(stamps)
         self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p))
-        self.gpu.stamp(stamps + 8)
-        self._launch(plan)
-        self.gpu.stamp(stamps + 16)
-
-    def _stamped(self, turns: int) -> Any:
-        """Seconds of each turn's flush and GEMM (turns, 2)."""
-        stamps = np.empty((turns, STAMPS), np.int64)
-        self.gpu.download(stamps, self._stamps)
-        return np.diff(stamps) * 1e-9
 
     def error(self, plan: AnyPlan) -> float:
         if plan not in self._entries:
@@ -251,12 +236,14 @@ class GpuRig:
             self._entries[plan] = itertools.cycle([first, *self._elsewhere(first, plan)])
         n = self._problem.n
         self.gpu.fill(self._operands.d.data, accuracy.POISON, self._rows * n, 2)
-        self._make_room(1)
-        self._turn(plan, 0)
+        self._flush()
+        self.gpu.record(0)
+        self._launch(plan)
+        self.gpu.record(1)
         pointers = [(p, ctypes.c_void_p) for p in (self._operands.d.data, self._reference)]
         self.gpu.launch("compare", self._rows, *pointers, (n, ctypes.c_longlong), (self._errors, ctypes.c_void_p))
         self.gpu.wait()
-        self._seconds[plan] = float(self._stamped(1)[0, 1])
+        self._seconds[plan] = self.gpu.seconds(0, 1)
         found = np.empty((self._rows, 3))
         self.gpu.download(found, self._errors)
         return judge(found, n)
@@ -277,20 +264,24 @@ class GpuRig:
         703 us and 256 x 128 661 then, without rests 753 and 761. (Beside a serving process the daemon rests longer.)
         """
         turns = [turn for _ in range(rounds) for turn in self._order.sample(range(len(plans)), len(plans))]
-        self._make_room(len(turns))
         busy = 0.0
         for number, turn in enumerate(turns):
             if busy > BURST:
                 self._rest(busy)
                 busy = 0.0
             busy += self._seconds[plans[turn]]
-            self._turn(plans[turn], number)
+            self.gpu.record(3 * number)
+            self._flush()
+            self.gpu.record(3 * number + 1)
+            self._launch(plans[turn])
+            self.gpu.record(3 * number + 2)
         self._rest(busy)
         found: list[list[float]] = [[] for _ in plans]
-        for turn, (flush, seconds) in zip(turns, self._stamped(len(turns)).tolist(), strict=True):
+        for number, turn in enumerate(turns):
+            flush = self.gpu.seconds(3 * number, 3 * number + 1)
             self._least_flush = min(self._least_flush, flush)
             if not self.target.share or flush <= DISTURBED * self._least_flush:
-                found[turn].append(seconds)
+                found[turn].append(self.gpu.seconds(3 * number + 1, 3 * number + 2))
         return found
 
     def _rest(self, seconds: float) -> None:

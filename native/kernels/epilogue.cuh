@@ -43,8 +43,9 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
 #pragma unroll
-            for (int c = columns_before(to), i = 0; c < columns_before(to + 1); c += 8, ++i)
-                store_async_remote(part + (w * kColumns / 8 + i) * kEight, &sum[w][c / 2], there);
+            for (int i = 0; i < kColumns / 8; ++i)
+                if (columns_before(to) + i * 8 < columns_before(to + 1))
+                    store_async_remote(part + (w * kColumns / 8 + i) * kEight, &sum[w][columns_before(to) / 2 + i * 4], there);
     }
     barrier_wait(full, round++ % 2);
 #pragma unroll
@@ -53,8 +54,9 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
 #pragma unroll
-            for (int c = columns_before(at), i = 0; c < columns_before(at + 1); c += 8, ++i) {
-                const float* const own = &sum[w][c / 2];
+            for (int i = 0; i < kColumns / 8; ++i) {
+                if (columns_before(at) + i * 8 >= columns_before(at + 1)) break;
+                const float* const own = &sum[w][columns_before(at) / 2 + i * 4];
                 float* const out = &sum[w][i * 4];
                 float4 total;
 #pragma unroll

@@ -42,11 +42,6 @@ PTX void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); 
 PTX void dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 template <int N> PTX void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> PTX void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
-PTX u64 global_time() {                          // nanoseconds, the same clock on all SMs
-    u64 r;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(r) :: "memory");
-    return r;
-}
 
 // ---- mbarriers -----------------------------------------------------------------------------------------------------
 PTX void barrier_init(u64* barrier, u32 count) {

@@ -1,4 +1,4 @@
-// What the tuner needs on the GPU besides the GEMMs: random operands, an L2 flush, stamps of time, the error of an output.
+// What the tuner needs on the GPU besides the GEMMs: random operands, an L2 flush, the error of an output.
 #include "params.h"
 #include "ptx.cuh"
 #include "e4m3.cuh"
@@ -55,13 +55,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) fp8gemm_flush(const u64* 
     for (long long i = first_thread(); i < count; i += all_threads()) sum += words[i];
     if (threadIdx.x < 32) sum += __float_as_uint(other_code(0));
     if (sum == 0x123456789ull) *sink = sum;      // never: the words are zeros, which the compiler can't know
-}
-
-// When the kernel before it was done. One warp, launched while that still runs: after it, a launch's 2 us would count, and their
-// noise of 1.
-extern "C" __global__ void __launch_bounds__(32) fp8gemm_stamp(u64* stamp) {
-    dependency_wait();
-    if (threadIdx.x == 0) *stamp = global_time();
 }
 
 __device__ float from_bf16(u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); }
