@@ -58,7 +58,7 @@ def timings(rig: Any, versions: Sequence[Version], plans: Sequence[Plan], rounds
     """For each plan the timing of each version; all take turns. `rig`: a GpuRig, whose tables take any key."""
     pairs = list(itertools.product(plans, range(len(versions))))
     for plan, index in pairs:
-        rig._entries[plan, index] = itertools.cycle(versions[index].entries(plan, rig._found))
+        rig.add((plan, index), versions[index].entries(plan, rig._found))
         if not (error := rig.error((plan, index))) <= TOLERANCE:
             print(f"    {versions[index].name} are wrong: {plan}, error {error:.2f} times that of rounding")
     found = [measure.summarise(times) for times in rig.times(pairs, rounds)]

@@ -730,13 +730,12 @@ def test_the_tuners_rig_sees_a_wrong_result(hopper: int, monkeypatch: pytest.Mon
     plan = space.default(task, target.device)
     assert 0.99 < rig.error(plan) < 1.02
     original = rig._launch
-    d, n = rig._operands.d.data, task.problem.n
-    last = 255 * n * 2  # of the first group, which has fewer rows
+    last = 255 * task.problem.n * 2  # of the first group, which has fewer rows
 
     def spoil(offset: int) -> None:
-        def launch(plan: Any) -> None:
-            original(plan)
-            target.gpu.fill(d + offset, 0x4180, 1, 2)
+        def launch(entry: native.Entry, operands: native.Operands) -> None:
+            original(entry, operands)
+            target.gpu.fill(operands.d.data + offset, 0x4180, 1, 2)
 
         monkeypatch.setattr(rig, "_launch", launch)
 
@@ -744,7 +743,7 @@ def test_the_tuners_rig_sees_a_wrong_result(hopper: int, monkeypatch: pytest.Mon
     assert not rig.error(plan) <= 1.05
     spoil(last)
     assert not rig.error(plan) <= 1.05
-    monkeypatch.setattr(rig, "_launch", lambda plan: None)  # nothing is written
+    monkeypatch.setattr(rig, "_launch", lambda entry, operands: None)  # nothing is written
     assert not rig.error(plan) <= 1.05
     monkeypatch.undo()
     assert 0.99 < rig.error(plan) < 1.02

@@ -162,6 +162,24 @@ def test_a_kernel_is_loaded_several_times_but_beside_others() -> None:
 
 
 @on_stub
+def test_operands_take_turns_too() -> None:
+    """As many copies as there is room for; beside others one."""
+    for options, n, copies in (({}, 576, 8), ({"share": True}, 576, 1), ({}, 900_000, 2)):
+        device = target(**options)
+        (task,) = presets.tasks([DENSE._replace(n=n)], device.device)
+        rig = device.rig(task)
+        first = stub.driver().stub_launch_count()
+        plan = space.kernels(task, device.device)[0]
+        for _ in range(2 * copies):
+            rig.error(plan)
+        outputs = [tuple(launch["pointers"]) for launch in stub.launches(first)]
+        assert len(set(outputs)) == copies
+        assert outputs[:copies] == outputs[copies:], "in turns"
+        rig.close()
+        device.close()
+
+
+@on_stub
 def test_there_is_not_always_room() -> None:
     big = Problem(native.DENSE, 65536, 65536, 128)
     for options, problem in (({}, big), ({"share": True, "memory_bytes": 128 << 20}, DENSE._replace(m=8192))):

@@ -29,7 +29,9 @@ from .writer import Stamp
 
 FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
-LOADS = 8  # of each kernel, unless beside a serving process: where code lies moves a time of 10 us by up to 2%
+LOADS = (
+    8  # of each kernel, each with a copy of the operands: where code lies moves a time by up to 2%, where these lie 3%
+)
 RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, all dense ones 300 MB
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
@@ -135,7 +137,7 @@ class GpuRig:
         self.gpu, self.target = target.gpu, target
         self._problem = p = task.problem
         self._pointers: list[int] = []
-        self._entries: dict[AnyPlan, Iterator[native.Entry]] = {}  # the loads of its kernel, in turns
+        self._launches: dict[AnyPlan, Iterator[tuple[native.Entry, native.Operands]]] = {}  # in turns
         self._seconds: dict[AnyPlan, float] = {}  # of each plan's first launch
         self._order = random.Random(1)  # so that no plan always follows the same other one
         self._least_flush = math.inf
@@ -145,14 +147,16 @@ class GpuRig:
         groups = p.groups if p.kind != native.DENSE else 1
         lead = get_tma_aligned_size(p.m, 4)
         stacks = rows // p.m if p.m else 1
-        needed = rows * p.k + groups * p.n * p.k + 6 * rows * p.n + 4 * blocks * (stacks * lead + groups * columns)
-        target.require_room(needed + target.flush_bytes)
+        each = rows * p.k + groups * p.n * p.k + 2 * rows * p.n + 4 * blocks * (stacks * lead + groups * columns)
+        once = 4 * rows * p.n + target.flush_bytes  # the reference, what is read between
+        room = target.room(each + once)
+        copies = 1 if target.share else min(LOADS, (room - once) // max(each, 1))
         try:
             self._flushed = self._allocate(target.flush_bytes)
             self.gpu.fill(self._flushed, 0, target.flush_bytes // 4, 4)
-            self._operands = self._make(p, rows, groups, blocks, columns, lead)
+            self._operands = [self._make(p, rows, groups, blocks, columns, lead) for _ in range(copies)]
             self._found = native.Problem()
-            native.library().describe(ctypes.byref(self._operands), ctypes.byref(self._found))
+            native.library().describe(ctypes.byref(self._operands[0]), ctypes.byref(self._found))
             self._refer(rows)
         except BaseException:
             self.close()
@@ -211,7 +215,7 @@ class GpuRig:
         self._reference, self._errors = self._allocate(4 * size), self._allocate(24 * rows)
         self._rows = rows
         self.gpu.fill(self._reference, _POISON32, size, 4)
-        copy = native.Operands.from_buffer_copy(self._operands)
+        copy = native.Operands.from_buffer_copy(self._operands[0])
         copy.d.data = self._reference
         wanted, stream = reference_kernel(self._problem.kind, output_fp32=True), self.gpu.stream
         kernel = backends.loaded(self.target.device_id, wanted, stream, may_build=True)
@@ -219,9 +223,12 @@ class GpuRig:
         native.library().launch_reference(kernel, o, p, self.gpu.stream)
         self.gpu.wait()
 
-    def _launch(self, plan: AnyPlan) -> None:
-        entry = next(self._entries[plan])
-        o, p = ctypes.byref(self._operands), ctypes.byref(self._found)
+    def add(self, plan: AnyPlan, entries: Sequence[native.Entry]) -> None:
+        """A plan, as it is launched in turns: by one load of its kernel after another, each with other operands."""
+        self._launches[plan] = zip(itertools.cycle(entries), itertools.cycle(self._operands), strict=True)
+
+    def _launch(self, entry: native.Entry, operands: native.Operands) -> None:
+        o, p = ctypes.byref(operands), ctypes.byref(self._found)
         native.library().run(ctypes.byref(entry), o, p, self.gpu.stream)
 
     def _flush(self) -> None:
@@ -230,17 +237,18 @@ class GpuRig:
         self.gpu.launch("flush", GRID, *words, (self._flushed, ctypes.c_void_p))
 
     def error(self, plan: AnyPlan) -> float:
-        if plan not in self._entries:
+        if plan not in self._launches:
             key = planner.make_key(self._found)
             first = planner.entry_of(key, plan, stream=self.gpu.stream, may_build=True)
-            self._entries[plan] = itertools.cycle([first, *self._elsewhere(first, plan)])
-        n = self._problem.n
-        self.gpu.fill(self._operands.d.data, accuracy.POISON, self._rows * n, 2)
+            self.add(plan, [first, *self._elsewhere(first, plan)])
+        entry, operands = next(self._launches[plan])
+        n, d = self._problem.n, operands.d.data
+        self.gpu.fill(d, accuracy.POISON, self._rows * n, 2)
         self._flush()
         self.gpu.record(0)
-        self._launch(plan)
+        self._launch(entry, operands)
         self.gpu.record(1)
-        pointers = [(p, ctypes.c_void_p) for p in (self._operands.d.data, self._reference)]
+        pointers = [(p, ctypes.c_void_p) for p in (d, self._reference)]
         self.gpu.launch("compare", self._rows, *pointers, (n, ctypes.c_longlong), (self._errors, ctypes.c_void_p))
         self.gpu.wait()
         self._seconds[plan] = self.gpu.seconds(0, 1)
@@ -273,7 +281,7 @@ class GpuRig:
             self.gpu.record(3 * number)
             self._flush()
             self.gpu.record(3 * number + 1)
-            self._launch(plans[turn])
+            self._launch(*next(self._launches[plans[turn]]))
             self.gpu.record(3 * number + 2)
         self._rest(busy)
         found: list[list[float]] = [[] for _ in plans]
@@ -346,8 +354,8 @@ class GpuTarget:
             self._loads[kernel] = [handle.value or 0 for handle in again]
         return self._loads[kernel]
 
-    def require_room(self, needed: int) -> None:
-        """Raises BackendUnavailable if a problem's operands are too much for this GPU now."""
+    def room(self, needed: int) -> int:
+        """Bytes for a problem's operands on this GPU now. Raises BackendUnavailable if these are too few."""
         free = self.gpu.free_bytes()
         most = free // 2 if self.share else free - RESERVE
         if self.memory_bytes is not None:
@@ -356,6 +364,7 @@ class GpuTarget:
             raise BackendUnavailable(
                 f"{self.name}: the operands take {needed >> 20} MiB, there is room for {most >> 20}"
             )
+        return most
 
     def rig(self, task: Task) -> Rig:
         return GpuRig(self, task)
