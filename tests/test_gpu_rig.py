@@ -164,9 +164,15 @@ def test_a_kernel_is_loaded_several_times_but_beside_others() -> None:
 @on_stub
 def test_operands_take_turns_too() -> None:
     """As many copies as there is room for; beside others one."""
-    for options, n, copies in (({}, 576, 8), ({"share": True}, 576, 1), ({}, 900_000, 2)):
+    cases: list[tuple[dict[str, object], int, int]] = [
+        ({}, 1 << 30, 8),
+        ({"share": True}, 1 << 30, 1),
+        ({}, 3_700_000, 3),
+    ]
+    for options, room, copies in cases:
         device = target(**options)
-        (task,) = presets.tasks([DENSE._replace(n=n)], device.device)
+        gpu.RESERVE = (4 << 30) - room  # of the stub's 4 GiB
+        (task,) = presets.tasks([DENSE], device.device)
         rig = device.rig(task)
         first = stub.driver().stub_launch_count()
         plan = space.kernels(task, device.device)[0]
