@@ -1,4 +1,4 @@
-"""The GEMM kernel's producer, compiled by g++ and run thread by thread: what it loads, from where to where.
+"""Parts of the GEMM kernel, compiled by g++ and run thread by thread: what its producer loads, what a split exchanges.
 
 `tests/emulation` stands in for the kernel's PTX: waits return at once, loads and copies are written down.
 """
@@ -31,6 +31,16 @@ PLANS = [
     Plan(8, 56, 5, depth=4, swap_ab=1),
     Plan(16, 96, 3, depth=2, split=2, swap_ab=1),
 ]
+SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
+    Plan(64, 64, 4, depth=2, split=4),
+    Plan(64, 64, 4, depth=2, split=6),
+    Plan(64, 48, 5, depth=2, split=5),
+    Plan(32, 80, 3, depth=2, split=3),
+    Plan(128, 176, 3, split=4),
+    Plan(256, 112, 3, split=3),
+    Plan(192, 96, 3, split=5),
+    Plan(128, 16, 8, split=2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,11 @@ def test_what_is_loaded(sources: Path, tmp_path: Path, plan: Plan, role: str) ->
 @pytest.mark.parametrize("plan", [Plan(128, 192, 4), Plan(64, 96, 5)], ids=str)
 def test_scales_of_ragged_groups(sources: Path, tmp_path: Path, plan: Plan) -> None:
     check(sources, tmp_path, plan, native.RAGGED, "ragged")
+
+
+@pytest.mark.parametrize("plan", SPLITS, ids=str)
+def test_sums_of_a_split(sources: Path, tmp_path: Path, plan: Plan) -> None:
+    check(sources, tmp_path, plan, native.DENSE, "exchange")
 
 
 def check(sources: Path, tmp_path: Path, plan: Plan, kind: int, role: str) -> None:

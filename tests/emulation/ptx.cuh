@@ -74,7 +74,12 @@ PTX void copy_async_arrive(u64* barrier) { copies.push_back({nullptr, barrier, f
 PTX u32 keep(u32 value) { return value; }
 PTX u32 keep_uniform(u32 value) { return value; }
 PTX u32 shared_address(const void*) { return 0; }
-PTX u32 remote_address(const void*, u32) { return 0; }
+// Where the running CTA's shared memory begins; null where nobody asks for addresses.
+inline const void* shared_begin;
+PTX u32 remote_address(const void* p, u32 rank) {
+    if (!shared_begin) return 0;
+    return rank << 24 | static_cast<u32>(static_cast<const u8*>(p) - static_cast<const u8*>(shared_begin));
+}
 PTX bool elect_one() { return true; }
 PTX u32 thread_index() { return threadIdx.x; }
 PTX u32 cluster_rank() { return rank_in_cluster; }
@@ -99,7 +104,9 @@ PTX void fence_barrier_init() {}
 PTX void barrier_arrive_expect(u64* barrier, u32 bytes) { expects.push_back({barrier, bytes, boxes.size()}); }
 PTX void barrier_arrive(u32 barrier) { arrivals.push_back(barrier); }
 PTX void barrier_arrive_remote(u32) {}
-PTX void store_async_remote(u32, const float*, u32) {}
+struct Sent { u32 to, barrier; float v[4]; };                    // to another CTA, by remote addresses
+inline std::vector<Sent> sent;
+PTX void store_async_remote(u32 to, const float* v, u32 barrier) { sent.push_back({to, barrier, {v[0], v[1], v[2], v[3]}}); }
 PTX bool barrier_test(u64*, u32) { return true; }
 inline std::vector<const u64*> waits;
 PTX void barrier_wait(u64* barrier, u32) { waits.push_back(barrier); }

@@ -1,0 +1,75 @@
+// Runs the exchange of a split's sums as each thread of each CTA: what is sent lands where the receiver looks for it, once, in as
+// many bytes as its barrier expects (fewer would hang), and all columns of a tile are added up, in the order of K.
+#include <cstddef>
+
+#include "kernel.h"
+
+namespace {
+
+SharedStorage storage[kSplit];
+
+float part(int cta, int consumer, int thread, int wave, int i) {         // sums whose order matters
+    const int mixed = (((cta * 3 + consumer) * 128 + thread) * 5 + wave) * 191 + i;
+    return (cta % 2 ? 1.0f : 1e7f) * static_cast<float>(mixed % 1013 - 506) / 7;
+}
+
+using Sums = float[kWaves][kTileN / 2];
+
+void exchange(int cta, int consumer, int thread, Sums& sum) {
+    for (int w = 0; w < kWaves; ++w)
+        for (int i = 0; i < kTileN / 2; ++i) sum[w][i] = part(cta, consumer, thread, w, i);
+    rank_in_cluster = cta, threadIdx.x = consumer * 128 + thread, shared_begin = &storage[cta];
+    sent.clear();
+    u32 round = 0;
+    exchange_parts(storage[cta], sum, consumer, round);
+}
+
+// Puts what a thread has sent to its place. Bytes that arrive at each CTA.
+void deliver(int consumer, u32 (&arrived)[kSplit]) {
+    for (const Sent& s : sent) {
+        const u32 to = s.to >> 24, offset = s.to & 0xFFFFFF;
+        shared_begin = &storage[to];
+        if (s.barrier != remote_address(&storage[to].parts_full[consumer], to)) fail("another barrier", to, consumer);
+        float* place = reinterpret_cast<float*>(reinterpret_cast<u8*>(&storage[to]) + offset);
+        const bool inside = offset >= offsetof(SharedStorage, parts) && offset < offsetof(SharedStorage, parts_full);
+        if (!inside || place[0] == place[0]) fail("not where parts are, or twice", to, offset);
+        std::copy(s.v, s.v + 4, place);
+        arrived[to] += sizeof s.v;
+    }
+}
+
+void check(int cta, int consumer, int thread, const Sums& sum) {
+    const int first = columns_before(cta) / 2, count = columns_before(cta + 1) / 2 - first;
+    for (int w = 0; w < kWaves; ++w)
+        for (int i = 0; i < count; ++i) {
+            float total = part(0, consumer, thread, w, first + i);
+            for (int from = 1; from < kSplit; ++from) total += part(from, consumer, thread, w, first + i);
+            if (sum[w][i] != total) fail("another sum", cta, first + i);
+        }
+}
+
+}  // namespace
+
+int main() {
+    if (columns_before(0) != 0 || columns_before(kSplit) != kTileN) fail("not all columns", columns_before(kSplit), kTileN);
+    for (SharedStorage& s : storage) std::fill_n(&s.parts[0][0][0].x, sizeof s.parts / sizeof(float), 0.0f / 0.0f);
+    Sums sum;
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        u32 arrived[kSplit]{}, expected[kSplit]{};
+        for (int cta = 0; cta < kSplit; ++cta)
+            for (int thread = 0; thread < 128; ++thread) {
+                expects.clear();
+                exchange(cta, consumer, thread, sum);
+                for (const Expect& e : expects) expected[cta] += e.bytes;
+                deliver(consumer, arrived);
+            }
+        for (int cta = 0; cta < kSplit; ++cta) {
+            if (arrived[cta] != expected[cta]) fail("bytes", arrived[cta], expected[cta]);
+            for (int thread = 0; thread < kPartThreads; ++thread) {
+                exchange(cta, consumer, thread, sum);
+                check(cta, consumer, thread, sum);
+            }
+        }
+    }
+    printf("ok\n");
+}
