@@ -292,7 +292,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             kb += kTurn;
         };
         auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
-        if (kFirstApart) await(), turn(Yes{}, No{});              // there is one: K = 0 is the reference kernel's
+        if (kFirstApart) await(), turn(Yes{}, No{});             // there is one: K = 0 is the reference kernel's
         const int end = kLastApart ? last_block - kTurn : last_block;
         if (kb < end) await();
         for (; kb < end; await()) {

@@ -67,8 +67,9 @@ constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 constexpr int kSegment = greatest_common_divisor(kTileN, 128);   // columns that surely share one B scale
 constexpr int kSegments = kTileN / kSegment;
-// Whether a tile's last turn is, too: D's way out is waited for in the shadow of its wgmmas, and the store promotes what is left.
-// Another 1.5% in the mean at K = 512. Not where a turn is two blocks (7% slower), nor where scales would take too many registers.
+// Whether a tile's last turn, too, is code of its own: D's way out is waited for in the shadow of its wgmmas, and the store
+// promotes what is left. Another 1.2% in the mean at K = 512. Not where a turn is two blocks (7% slower), nor where scales would
+// take too many registers.
 constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegments <= 7;
 // A block's scales: of A's rows, then B's of each segment: consumers need not ask where in a tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;

@@ -1,6 +1,7 @@
 // Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive
 // where, all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too
-// soon); that the consumers are told once, and that a CTA stays until its peer is done with each stage.
+// soon); that the consumers are told once, that a CTA stays until its peer is done with each stage, and that as many consumers
+// give a stage back as its barrier waits for.
 #include "kernel.h"
 
 namespace {
@@ -40,10 +41,31 @@ void check_meetings(bool loads) {
         fail("meets others otherwise", static_cast<int>(meetings.size()), loads);
 }
 
+void check_releases(SharedStorage& s) {
+    for (int warp = 0; warp < kThreads / 32; ++warp)
+        if (warp != kLoader) set_up_barriers(s, warp, 1);
+    u32 wanted = 0, released[kShare]{};
+    for (const auto& [barrier, count] : inits)
+        if (barrier == &s.stages[0].empty) wanted += count;
+    shared_begin = &s;
+    for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster)
+        for (threadIdx.x = 0; threadIdx.x < kConsumers * 128; ++threadIdx.x) release(empty_of_first(s));
+    for (u32 address : remote_arrivals) {
+        const u32 cta = address >> 24;
+        if (cta >= kShare || address != remote_address(&s.stages[0].empty, cta)) fail("released elsewhere", cta, address);
+        ++released[cta];
+    }
+    if (kShare == 1) released[0] = arrivals.size();
+    for (u32 count : released)
+        if (count != wanted) fail("arrivals", count, wanted);
+    shared_begin = nullptr;
+}
+
 }  // namespace
 
 int main() {
     static SharedStorage s;
+    check_releases(s);
     static const float scales[1]{};
     const int sizes[][3] = {
         {1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 5 * kTileN, 1040}, {2 * kTileM, 3 * kTileN, 2176}};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -99,11 +100,13 @@ PTX void dependency_wait() {}
 PTX void dependents_launch() {}
 template <int N> PTX void registers_decrease() {}
 template <int N> PTX void registers_increase() {}
-PTX void barrier_init(u64*, u32) {}
+inline std::vector<std::pair<const u64*, u32>> inits;            // barriers, and how many arrivals complete a phase of them
+PTX void barrier_init(u64* barrier, u32 count) { inits.push_back({barrier, count}); }
 PTX void fence_barrier_init() {}
 PTX void barrier_arrive_expect(u64* barrier, u32 bytes) { expects.push_back({barrier, bytes, boxes.size()}); }
 PTX void barrier_arrive(u32 barrier) { arrivals.push_back(barrier); }
-PTX void barrier_arrive_remote(u32) {}
+inline std::vector<u32> remote_arrivals;                         // by remote addresses
+PTX void barrier_arrive_remote(u32 barrier) { remote_arrivals.push_back(barrier); }
 struct Sent { u32 to, barrier; float v[4]; };                    // to another CTA, by remote addresses
 inline std::vector<Sent> sent;
 PTX void store_async_remote(u32 to, const float* v, u32 barrier) { sent.push_back({to, barrier, {v[0], v[1], v[2], v[3]}}); }
