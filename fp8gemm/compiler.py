@@ -39,7 +39,7 @@ class Built(NamedTuple):
     log: str
     seconds: float
     registers: int
-    spills: int  # bytes of spill stores and loads
+    spills: int  # bytes of local memory: of the stack, of spill stores and loads
 
 
 class Compiler(NamedTuple):
@@ -141,13 +141,13 @@ def build(kernel: Kernel) -> Built:
     cubin, log = make(kernel, options(kernel))
     seconds = time.perf_counter() - started
     usage = [int(x) for x in re.findall(r"Used (\d+) registers", log)]
-    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
+    spills = sum(int(x) for x in re.findall(r"(\d+) bytes (?:stack frame|spill)", log))
     built = Built(cubin, log, seconds, max(usage, default=0), spills)
     for code, meaning in _FATAL_WARNINGS.items():
         if code in log:
             raise CompileError(f"{kernel}: {meaning}", log)
     if spills:
-        raise CompileError(f"{kernel}: {spills} bytes of registers spill to memory", log)
+        raise CompileError(f"{kernel}: {spills} bytes of registers spill to local memory", log)
     return built._replace(cubin=sass.pace(cubin)) if _is_paced(kernel) else built
 
 

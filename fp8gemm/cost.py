@@ -47,7 +47,9 @@ LAUNCH = 5500  # until the first stage has landed, after the last store, and wha
 BYTE_AHEAD = 0.008  # of a CTA's stages: all SMs' first ones are a queue at the memory, in which scales stand too
 LAUNCH_SHARED, LAUNCH_SPLIT = 1450, 120  # clusters that share operands, that split K
 EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 1390, 11.4  # of the sums of a split K
-RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91, 5: 0.83, 6: 0.77}  # share of the SMs that clusters of this size reach
+# Share of the SMs that clusters of this size reach on an H200, by where its SMs are. Where fewer clusters run, a
+# split that needs them all takes twice as long.
+RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91, 5: 0.83, 6: 0.77}
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
 MEMORY_EFFICIENCY = 0.89
 HIDDEN = 0.038  # of what another hides: less of it is still better
@@ -133,10 +135,10 @@ def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
     if plan.staged:
         return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
-    cycles = DIRECT_EPILOGUE + DIRECT_COLUMN * plan.tile_n / plan.split
+    columns = plan.tile_n / plan.split if plan.swap_ab else plan.columns  # whoever has the most is the last
+    cycles = DIRECT_EPILOGUE + DIRECT_COLUMN * columns
     if plan.split > 1:
-        largest = -(-plan.tile_n // 8 // plan.split) * 8  # columns; whoever gets the most is the last
-        received = plan.tile_m * largest * 4 * (plan.split - 1)
+        received = plan.tile_m * columns * 4 * (plan.split - 1)
         cycles += EXCHANGE + received / EXCHANGE_BYTES_PER_CYCLE
     return cycles
 

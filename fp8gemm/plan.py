@@ -105,15 +105,19 @@ class Plan(NamedTuple):
         return self.tile_m >= 64 and self.split == 1
 
     @property
+    def columns(self) -> int:
+        """Of a tile, that a CTA stores: of a split the largest share, in whole groups of eight."""
+        return self.tile_n if self.split == 1 else -(-self.tile_n // 8 // self.split) * 8
+
+    @property
     def shared_bytes(self) -> int:
         """What native/kernels/storage.cuh takes and what is read behind it; it asserts that both agree."""
         segments = self.tile_n // math.gcd(self.tile_n, 128)  # of columns, a B scale each
         scales = self.tile_m + 4 + (segments + 3) // 4 * 4
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + scales * 4) + 2 * 8
-        columns = -(-self.tile_n // 8 // self.split) * 8  # the largest share of a split
-        sent = 64 * self.waves // self.split if self.swap_ab else columns
+        sent = 64 * self.waves // self.split if self.swap_ab else self.columns
         parts = (self.split - 1) * self.tile_m * sent * 4 if self.split > 1 else 16 * self.consumers
-        d = (self.tile_m if self.staged else 1) * columns * 2
+        d = (self.tile_m if self.staged else 1) * self.columns * 2
         beyond = (64 * self.waves - self.tile_n) * TILE_K if self.swap_ab else 0  # wgmma reads whole waves of B
         total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + 16 * self.consumers
         return (total + 1023) // 1024 * 1024 + beyond

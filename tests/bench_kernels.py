@@ -19,6 +19,7 @@ from unittest import mock
 
 from fp8gemm import backends, compiler, cost, native, planner
 from fp8gemm.accuracy import TOLERANCE
+from fp8gemm.device import Device
 from fp8gemm.plan import Kernel, Plan
 from fp8gemm.problem import KINDS
 from fp8gemm.store import Task
@@ -65,12 +66,13 @@ def timings(rig: Any, versions: Sequence[Version], plans: Sequence[Plan], rounds
     return [found[i : i + len(versions)] for i in range(0, len(found), len(versions))]
 
 
-def named(text: str, task: Task) -> Plan:
+def named(text: str, task: Task, device: Device) -> Plan:
     """The plan of these fields, on all SMs and with the model's raster unless it says otherwise."""
     fields: dict[str, Any] = dict(field.split("=") for field in text.split(","))
     for name in fields.keys() - {"b_policy"}:
         fields[name] = int(fields[name])
     plan = Plan(**{"num_sms": task.num_sms} | fields)
+    plan.check(task.problem.kind, device)
     return plan if "raster" in fields else plan._replace(raster=cost.raster(task.problem, plan))
 
 
@@ -98,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--define", action="append", default=[], metavar="NAME=NUMBER", help="a macro for the others")
     parser.add_argument("--shape", default=SHAPES, metavar="MxNxK,...")
     parser.add_argument("--kind", default="dense", choices=KINDS)
-    parser.add_argument("--groups", type=int, default=1)
-    parser.add_argument("--expected-m", type=int, default=0)
+    parser.add_argument("--groups", type=int, default=1, help="weights of a grouped problem")
+    parser.add_argument("--expected-m", type=int, default=0, help="rows of a masked group, as calls pass it")
     parser.add_argument("--row-scales", action="store_true", help="A's scales lie row-major")
     parser.add_argument("--plan", action="append", default=[], metavar="FIELD=VALUE,...", help="in place of --plans")
     parser.add_argument("--plans", type=int, default=3, help="of each problem (3)")
@@ -114,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kind, (m, n, k) = KINDS.index(given.kind), map(int, shape.split("x"))
             problem = presets.called(kind, m, n, k, given.groups, given.expected_m, given.row_scales)
             (task,) = presets.tasks([problem], target.device, None)
-            best = space.of_different_tiles(space.kernels(task, target.device), given.plans)
-            plans = [named(text, task) for text in given.plan] or [plan for plan in best if isinstance(plan, Plan)]
+            plans = [named(text, task, target.device) for text in given.plan]
+            if not plans:
+                best = space.of_different_tiles(space.kernels(task, target.device), given.plans)
+                plans = [plan for plan in best if isinstance(plan, Plan)]
             ratios += compare(target, versions, task, plans, given.rounds)
     for version, found in zip(others, zip(*ratios, strict=True), strict=True):
         mean = statistics.geometric_mean(found)

@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -187,14 +188,15 @@ def instructions(sass: str) -> dict[str, int]:
 
 
 def turns(p: Plan) -> tuple[int, int]:
-    """How often the code has a consumer's turn: for a tile's first one, and in the loop over K."""
+    """How often the code has a consumer's turn: for a tile's first one, and in the loop over K and for the last one."""
     if p.swap_ab or p.depth > 1 or p.split > 1:
         return 0, 1
-    return 1, 1 if p.two_partials else 2
+    last_apart = p.tile_m >= 64 and p.turn == 1 and p.tile_n // math.gcd(p.tile_n, 128) <= 7  # plan.cuh: kLastApart
+    return 1, (1 if p.two_partials else 2) + last_apart
 
 
 def wgmma_loop(sass: str, p: Plan) -> list[str]:
-    """The loop over K, from shortly before its first wgmma to the last. Code before is a tile's first turn."""
+    """The loop over K and the last turn, from shortly before their first wgmma on. Before is a tile's first turn."""
     lines = [line for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
     wgmmas = [i for i, line in enumerate(lines) if "QGMMA" in line]
     return lines[wgmmas[-turns(p)[1] * 4 * p.waves * p.turn] - 20 : wgmmas[-1]]
@@ -226,7 +228,8 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
             moved = [line for line in wgmma_loop(sass, p) if "R2UR" in line]
-            assert not moved, f"{kernel} moves its descriptors to uniform registers"
+            # Of some kernels the ring's phase, once a turn. Descriptors would be eight words for each wgmma.
+            assert len(moved) <= turns(p)[1], f"{kernel} moves its descriptors to uniform registers"
         else:
             assert "QGMMA" not in found
 

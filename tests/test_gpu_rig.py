@@ -167,20 +167,22 @@ def test_operands_take_turns_too() -> None:
     cases: list[tuple[dict[str, object], int, int]] = [
         ({}, 1 << 30, 8),
         ({"share": True}, 1 << 30, 1),
-        ({}, 3_700_000, 3),
+        ({}, 6_300_000, 3),
     ]
     for options, room, copies in cases:
         device = target(**options)
         gpu.RESERVE = (4 << 30) - room  # of the stub's 4 GiB
         (task,) = presets.tasks([DENSE], device.device)
         rig = device.rig(task)
+        plans = space.kernels(task, device.device)[:2]
+        assert [rig.error(plan) for plan in plans] == [1.0, 1.0]
         first = stub.driver().stub_launch_count()
-        plan = space.kernels(task, device.device)[0]
-        for _ in range(2 * copies):
-            rig.error(plan)
-        outputs = [tuple(launch["pointers"]) for launch in stub.launches(first)]
-        assert len(set(outputs)) == copies
-        assert outputs[:copies] == outputs[copies:], "in turns"
+        rig.times(plans, 5), rig.times(plans, 2 * gpu.LOADS - 5)
+        used = [tuple(launch["pointers"]) for launch in stub.launches(first)]
+        rounds = [set(used[i : i + 2]) for i in range(0, len(used), 2)]
+        assert {len(some) for some in rounds} == {1}, "all plans use the same in a round"
+        assert len(set(used)) == copies
+        assert rounds[: gpu.LOADS] == rounds[gpu.LOADS :], "in turns"
         rig.close()
         device.close()
 
@@ -232,10 +234,8 @@ def test_other_kernels_are_timed_beside_these() -> None:
 @on_stub
 def test_named_plans_of_groups_are_timed() -> None:
     target().close()
-    kernels, plan = (
-        str(HERE.parent / "native" / "kernels"),
-        "tile_m=64,tile_n=96,stages=4,raster=2,b_policy=evict_first",
-    )
+    kernels = str(HERE.parent / "native" / "kernels")
+    plan = "tile_m=64,tile_n=96,stages=4,raster=2,b_policy=evict_first"
     with contextlib.redirect_stdout(io.StringIO()) as out:
         options = ["--kind", "masked", "--groups", "4", "--expected-m", "20", "--shape", "64x256x512", "--rounds", "5"]
         bench_kernels.main([kernels, kernels, *options, "--plan", plan])

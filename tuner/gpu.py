@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,8 @@ from .writer import Stamp
 
 FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
-LOADS = (
-    8  # of each kernel, each with a copy of the operands: where code lies moves a time by up to 2%, where these lie 3%
-)
-RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, all dense ones 300 MB
+LOADS = 8  # of each kernel, each with a copy of the operands: where code and operands lie moves times by percents
+RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, several times
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
 THREADS = 256
@@ -137,7 +135,8 @@ class GpuRig:
         self.gpu, self.target = target.gpu, target
         self._problem = p = task.problem
         self._pointers: list[int] = []
-        self._launches: dict[AnyPlan, Iterator[tuple[native.Entry, native.Operands]]] = {}  # in turns
+        self._launches: dict[AnyPlan, list[tuple[native.Entry, native.Operands]]] = {}  # one of them a round
+        self._round = 0
         self._seconds: dict[AnyPlan, float] = {}  # of each plan's first launch
         self._order = random.Random(1)  # so that no plan always follows the same other one
         self._least_flush = math.inf
@@ -150,7 +149,7 @@ class GpuRig:
         each = rows * p.k + groups * p.n * p.k + 2 * rows * p.n + 4 * blocks * (stacks * lead + groups * columns)
         once = 4 * rows * p.n + target.flush_bytes  # the reference, what is read between
         room = target.room(each + once)
-        copies = 1 if target.share else min(LOADS, (room - once) // max(each, 1))
+        copies = 1 if target.share else max(1, min(LOADS, (room - once) // 2 // max(each, 1)))
         try:
             self._flushed = self._allocate(target.flush_bytes)
             self.gpu.fill(self._flushed, 0, target.flush_bytes // 4, 4)
@@ -224,8 +223,13 @@ class GpuRig:
         self.gpu.wait()
 
     def add(self, plan: AnyPlan, entries: Sequence[native.Entry]) -> None:
-        """A plan, as it is launched in turns: by one load of its kernel after another, each with other operands."""
-        self._launches[plan] = zip(itertools.cycle(entries), itertools.cycle(self._operands), strict=True)
+        """A plan, with the loads of its kernel. Each round takes the next one and the next operands, for all plans."""
+        pairs = zip(itertools.cycle(entries), itertools.cycle(self._operands), strict=True)
+        self._launches[plan] = list(itertools.islice(pairs, max(len(entries), len(self._operands))))
+
+    def _pair(self, plan: AnyPlan, number: int) -> tuple[native.Entry, native.Operands]:
+        pairs = self._launches[plan]
+        return pairs[number % len(pairs)]
 
     def _launch(self, entry: native.Entry, operands: native.Operands) -> None:
         o, p = ctypes.byref(operands), ctypes.byref(self._found)
@@ -241,7 +245,7 @@ class GpuRig:
             key = planner.make_key(self._found)
             first = planner.entry_of(key, plan, stream=self.gpu.stream, may_build=True)
             self.add(plan, [first, *self._elsewhere(first, plan)])
-        entry, operands = next(self._launches[plan])
+        entry, operands = self._pair(plan, self._round)
         n, d = self._problem.n, operands.d.data
         self.gpu.fill(d, accuracy.POISON, self._rows * n, 2)
         self._flush()
@@ -281,8 +285,9 @@ class GpuRig:
             self.gpu.record(3 * number)
             self._flush()
             self.gpu.record(3 * number + 1)
-            self._launch(*next(self._launches[plans[turn]]))
+            self._launch(*self._pair(plans[turn], self._round + number // len(plans)))
             self.gpu.record(3 * number + 2)
+        self._round += rounds
         self._rest(busy)
         found: list[list[float]] = [[] for _ in plans]
         for number, turn in enumerate(turns):

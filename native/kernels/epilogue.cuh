@@ -8,7 +8,10 @@
 
 namespace fp8gemm {
 
-// Of a tile's columns, those that this CTA stores.
+// A tile's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows.
+__device__ constexpr int columns_before(int part) { return kTileN / 8 * part / kSplit * 8; }
+
+// How many columns of a tile this CTA stores.
 __device__ int own_columns() {
     const int rank = kSplit > 1 ? cluster_rank() : 0;
     return columns_before(rank + 1) - columns_before(rank);
@@ -45,7 +48,8 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
 #pragma unroll
             for (int i = 0; i < kColumns / 8; ++i)
                 if (columns_before(to) + i * 8 < columns_before(to + 1))
-                    store_async_remote(part + (w * kColumns / 8 + i) * kEight, &sum[w][columns_before(to) / 2 + i * 4], there);
+                    store_async_remote(part + (w * kColumns / 8 + i) * kEight,
+                                       &sum[w][columns_before(to) / 2 + i * 4], there);
     }
     barrier_wait(full, round++ % 2);
 #pragma unroll
@@ -78,8 +82,8 @@ __device__ u32 panel_offset(int row, int column) {
     return kSwizzled ? offset ^ ((offset >> 3) & (kPanel * sizeof(u16) - 16)) : offset;
 }
 
-// What a tile's last turn leaves to be promoted: sums of its last block, and their scales.
-struct Rest {
+// What a tile's last turn leaves to the store: the sums of its last block, and their scales.
+struct Unpromoted {
     float partial[kTileN / 2], scale[kSegments][2];
 
     __device__ void promote(float (&sum)[kTileN / 2], int first, int count) const {
@@ -90,8 +94,8 @@ struct Rest {
 
 // 64 rows of sums, as wgmma leaves them, to bf16 in shared memory, below `first` others. What is left to promote is promoted on
 // the way: its FMAs run while shared memory is written.
-__device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], float (&sum)[kTileN / 2], int first, const Rest& rest,
-                           bool has_rest) {
+__device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], float (&sum)[kTileN / 2], int first,
+                           const Unpromoted& rest, bool has_rest) {
     const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
     // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... Of a swizzled panel a step's columns set bits
     // that are 0 here and that the swizzle does not read: XOR takes the place of swizzling each anew.
@@ -119,7 +123,7 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
         if (pairs && (columns >= kColumns || (kSplit > 1 && columns % 8 == 0))) {
 #pragma unroll
             for (int j = 0; j < kColumns / 8; ++j)
-                if (kSplit == 1 || j * 8 < columns)          // shares of a split may differ by eight columns
+                if (kSplit == 1 || j * 8 < columns)              // shares of a split may differ by eight columns
                     *reinterpret_cast<u32*>(to + j * 8) = pack_bf16(sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]);
         } else {
 #pragma unroll
@@ -130,14 +134,14 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
     }
 }
 
-// Until the last tile's store has left the consumer's buffer.
+// Until what was stored of the tile before has left the consumer's buffer.
 __device__ void wait_for_staging(int consumer) {
     if (threadIdx.x % 128 == 0) tma_store_wait_read();
     named_barrier_sync(1 + consumer, 128);
 }
 
 // A consumer's rows of a tile.
-__device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Rest& rest,
+__device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Unpromoted& rest,
                            const Tile& tile, int consumer) {
     const bool leader = threadIdx.x % 128 == 0;
     const int first_row = consumer * kWaves * 64, rows = tile.rows - first_row, row = tile.row + first_row;

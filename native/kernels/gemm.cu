@@ -225,12 +225,12 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         int kb = first_block;
         bool landed = false;                                     // the next stage
-        Rest rest;
-        auto turn = [&](auto first, auto last) {                 // a tile's first one finds no sums yet
+        Unpromoted rest;
+        auto turn = [&](auto first, auto last) {                 // the first finds no sums, the last leaves some to the store
             float scale_a[kItems][2], scale_b[kTurn][kSegments], partial[kPartials][kTileN / 2];
             auto promote = [&](int item) {
                 const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item : 0;
-                const bool late = last.value && item == kItems - 1;      // the store does it
+                const bool late = last.value && item == kItems - 1;
                 if (j > 0 && kb + j >= blocks) return;
                 float scale[kSegments][2];
 #pragma unroll

@@ -73,9 +73,8 @@ constexpr int kSegments = kTileN / kSegment;
 constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegments <= 7;
 // A block's scales: of A's rows, then B's of each segment: consumers need not ask where in a tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
-// The columns of a tile that the CTAs of a split add up and store: whole groups of eight, as equal shares as that allows.
-__device__ constexpr int columns_before(int part) { return kTileN / 8 * part / kSplit * 8; }
-constexpr int kColumns = kSplit == 1 ? kTileN : (kTileN / 8 + kSplit - 1) / kSplit * 8;      // the largest share
+// Columns of a tile that a CTA stores: of a split the largest share (epilogue.cuh), which are whole groups of eight.
+constexpr int kColumns = kSplit == 1 ? kTileN : (kTileN / 8 + kSplit - 1) / kSplit * 8;
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
                               : kPartThreads * kColumns / 8;
