@@ -135,7 +135,7 @@ def options(kernel: Kernel) -> list[str]:
 
 
 def build(kernel: Kernel) -> Built:
-    """Compiles a kernel. Raises CompileError if that fails, spills registers, or serialises wgmma."""
+    """Compiles a kernel. Raises CompileError if that fails, needs local memory, or serialises wgmma."""
     started = time.perf_counter()
     make = _build_nvcc if compiler().kind == "nvcc" else _build_nvrtc
     cubin, log = make(kernel, options(kernel))
@@ -147,7 +147,9 @@ def build(kernel: Kernel) -> Built:
         if code in log:
             raise CompileError(f"{kernel}: {meaning}", log)
     if spills:
-        raise CompileError(f"{kernel}: {spills} bytes of registers spill to local memory", log)
+        raise CompileError(
+            f"{kernel}: {spills} bytes of local memory; registers spill, or an index is not known in time", log
+        )
     return built._replace(cubin=sass.pace(cubin)) if _is_paced(kernel) else built
 
 

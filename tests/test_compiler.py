@@ -327,9 +327,16 @@ extern "C" __global__ void __launch_bounds__(1024) fp8gemm_gemm(float* p) {
 
 def test_spills_are_refused(sources: dict[str, str]) -> None:
     sources["gemm.cu"] = SPILLING
-    with pytest.raises(CompileError, match=r"\d+ bytes of registers spill to memory") as caught:
+    with pytest.raises(CompileError, match=r"\d+ bytes of local memory") as caught:
         compiler.build(KERNEL)
     assert "spill stores" in caught.value.log
+
+
+def test_a_stack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = "160 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    monkeypatch.setattr(compiler, "_build_nvrtc", lambda kernel, arguments: (b"cubin", log))
+    with pytest.raises(CompileError, match="160 bytes of local memory"):
+        compiler.build(KERNEL)
 
 
 @pytest.mark.parametrize(("code", "meaning"), [("C7510", "wgmma is serialised"), ("C7508", "setmaxnreg is ignored")])
