@@ -135,10 +135,9 @@ def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
     if plan.staged:
         return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
-    columns = plan.tile_n / plan.split if plan.swap_ab else plan.columns  # whoever has the most is the last
-    cycles = DIRECT_EPILOGUE + DIRECT_COLUMN * columns
+    cycles = DIRECT_EPILOGUE + DIRECT_COLUMN * plan.columns
     if plan.split > 1:
-        received = plan.tile_m * columns * 4 * (plan.split - 1)
+        received = plan.tile_m * plan.columns * 4 * (plan.split - 1)
         cycles += EXCHANGE + received / EXCHANGE_BYTES_PER_CYCLE
     return cycles
 

@@ -106,8 +106,8 @@ class Plan(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of a tile, that a CTA stores: of a split the largest share, in whole groups of eight."""
-        return self.tile_n if self.split == 1 else -(-self.tile_n // 8 // self.split) * 8
+        """Of a tile, that a CTA stores: of a split the largest share, whole groups of eight; swapped, all are equal."""
+        return self.tile_n // self.split if self.swap_ab else -(-self.tile_n // 8 // self.split) * 8
 
     @property
     def shared_bytes(self) -> int:

@@ -202,6 +202,30 @@ def wgmma_loop(sass: str, p: Plan) -> list[str]:
     return lines[wgmmas[-turns(p)[1] * 4 * p.waves * p.turn] - 20 : wgmmas[-1]]
 
 
+def moved_to_wgmma(lines: list[str]) -> list[str]:
+    """What moves a word to a uniform register in which a wgmma then finds it, in one of its descriptors' four."""
+    found = []
+    for i, line in enumerate(lines):
+        if not (moved := re.search(r"R2UR UR(\d+)", line)):
+            continue
+        written = re.compile(rf"\*/\s+[A-Z][\w.]*\s+UR{moved[1]},")
+        for later in lines[i + 1 :]:
+            read = re.search(r"gdesc\[UR(\d+)\]", later)
+            if read and 0 <= int(moved[1]) - int(read[1]) < 4:
+                found.append(line)
+                break
+            if written.search(later):
+                break
+    return found
+
+
+def test_a_moved_descriptor_is_found() -> None:
+    move, other, wgmma = "/*00*/ R2UR UR10, R7 ;", "/*10*/ UMOV UR10, UR3 ;", "/*20*/ QGMMA R24, gdesc[UR8], R24 ;"
+    assert moved_to_wgmma([move, wgmma]) == [move]
+    assert moved_to_wgmma([move, other, wgmma]) == []
+    assert moved_to_wgmma([move.replace("UR10", "UR12"), wgmma]) == []
+
+
 def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     """e4m3 on the tensor cores, tensors by TMA, and no local memory, in a kernel of each kind and shape of cluster."""
     wanted: dict[tuple[object, ...], Kernel] = {}
@@ -228,8 +252,9 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
             moved = [line for line in wgmma_loop(sass, p) if "R2UR" in line]
-            # Of some kernels the ring's phase, once a turn. Descriptors would be eight words for each wgmma.
+            # Of some kernels the ring's phase, once a turn, which no wgmma reads.
             assert len(moved) <= turns(p)[1], f"{kernel} moves its descriptors to uniform registers"
+            assert not moved_to_wgmma(wgmma_loop(sass, p)), f"{kernel} moves descriptors to uniform registers"
         else:
             assert "QGMMA" not in found
 

@@ -177,7 +177,8 @@ def test_operands_take_turns_too() -> None:
         plans = space.kernels(task, device.device)[:2]
         assert [rig.error(plan) for plan in plans] == [1.0, 1.0]
         first = stub.driver().stub_launch_count()
-        rig.times(plans, 5), rig.times(plans, 2 * gpu.LOADS - 5)
+        for count in (5, 2 * gpu.LOADS - 5):
+            rig.times(plans, count)
         used = [tuple(launch["pointers"]) for launch in stub.launches(first)]
         rounds = [set(used[i : i + 2]) for i in range(0, len(used), 2)]
         assert {len(some) for some in rounds} == {1}, "all plans use the same in a round"

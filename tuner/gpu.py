@@ -5,7 +5,6 @@ stream of our own, each launch after a read of more than L2 holds, which leaves 
 """
 
 import ctypes
-import itertools
 import math
 import random
 import time
@@ -224,8 +223,8 @@ class GpuRig:
 
     def add(self, plan: AnyPlan, entries: Sequence[native.Entry]) -> None:
         """A plan, with the loads of its kernel. Each round takes the next one and the next operands, for all plans."""
-        pairs = zip(itertools.cycle(entries), itertools.cycle(self._operands), strict=True)
-        self._launches[plan] = list(itertools.islice(pairs, max(len(entries), len(self._operands))))
+        copies = self._operands
+        self._launches[plan] = [(entry, copies[i % len(copies)]) for i, entry in enumerate(entries)]
 
     def _pair(self, plan: AnyPlan, number: int) -> tuple[native.Entry, native.Operands]:
         pairs = self._launches[plan]

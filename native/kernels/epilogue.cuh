@@ -34,45 +34,43 @@ __device__ void open_exchange(SharedStorage& s, int consumer, u32 round, u32 byt
 // The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
 // order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
 __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
-    constexpr int kEight = kPartThreads * sizeof(float4);        // eight columns' sums, of all threads
+    constexpr int kEights = kColumns / 8;                        // of a share: four registers of each thread
+    constexpr int kBytes = kPartThreads * sizeof(float4);        // of all threads' eight columns
     const int rank = cluster_rank(), thread = threadIdx.x % 128;
     u64* full = &s.parts_full[consumer];
-    open_exchange(s, consumer, round, own_columns() / 8 * kWaves * (kSplit - 1) * kEight);
+    open_exchange(s, consumer, round, own_columns() / 8 * kWaves * (kSplit - 1) * kBytes);
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;
         const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to);
         const u32 there = remote_address(full, to);
 #pragma unroll
-        for (int w = 0; w < kWaves; ++w)
-#pragma unroll
-            for (int i = 0; i < kColumns / 8; ++i)
-                if (columns_before(to) + i * 8 < columns_before(to + 1))
-                    store_async_remote(part + (w * kColumns / 8 + i) * kEight,
-                                       &sum[w][columns_before(to) / 2 + i * 4], there);
+        for (int i = 0; i < kWaves * kEights; ++i) {
+            const int column = columns_before(to) + i % kEights * 8;
+            if (column < columns_before(to + 1))
+                store_async_remote(part + i * kBytes, &sum[i / kEights][column / 2], there);
+        }
     }
     barrier_wait(full, round++ % 2);
 #pragma unroll
     for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
         if (at != rank) continue;
 #pragma unroll
-        for (int w = 0; w < kWaves; ++w)
+        for (int i = 0; i < kWaves * kEights; ++i) {
+            const int column = columns_before(at) + i % kEights * 8;
+            if (column >= columns_before(at + 1)) continue;
+            const float* const own = &sum[i / kEights][column / 2];
+            float* const out = &sum[i / kEights][i % kEights * 4];
+            float4 total;
 #pragma unroll
-            for (int i = 0; i < kColumns / 8; ++i) {
-                if (columns_before(at) + i * 8 >= columns_before(at + 1)) break;
-                const float* const own = &sum[w][columns_before(at) / 2 + i * 4];
-                float* const out = &sum[w][i * 4];
-                float4 total;
-#pragma unroll
-                for (int from = 0; from < kSplit; ++from) {
-                    float4 v = make_float4(own[0], own[1], own[2], own[3]);
-                    if (from != at)
-                        v = s.parts[from - (from > at)][consumer]
-                                   [(w * kColumns / 8 + i) * kPartThreads + thread % kPartThreads];
-                    total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
-                }
-                out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
+            for (int from = 0; from < kSplit; ++from) {
+                float4 v = make_float4(own[0], own[1], own[2], own[3]);
+                if (from != at)
+                    v = s.parts[from - (from > at)][consumer][i * kPartThreads + thread % kPartThreads];
+                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
             }
+            out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
+        }
     }
 }
 

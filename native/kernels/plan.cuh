@@ -73,8 +73,8 @@ constexpr int kSegments = kTileN / kSegment;
 constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegments <= 7;
 // A block's scales: of A's rows, then B's of each segment: consumers need not ask where in a tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
-// Columns of a tile that a CTA stores: of a split the largest share (epilogue.cuh), which are whole groups of eight.
-constexpr int kColumns = kSplit == 1 ? kTileN : (kTileN / 8 + kSplit - 1) / kSplit * 8;
+// Columns of a tile that a CTA stores: of a split the largest share, whole groups of eight (epilogue.cuh); swapped, all are equal.
+constexpr int kColumns = kSwapAB ? kTileN / kSplit : (kTileN / 8 + kSplit - 1) / kSplit * 8;
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
                               : kPartThreads * kColumns / 8;

@@ -51,28 +51,16 @@ void check(int cta, int consumer, int thread, const Sums& sum) {
 
 // From a second tile on each CTA tells its peers that it has read their sums: as often as their barriers wait for.
 void check_rounds() {
-    for (int warp = 0; warp < kThreads / 32; ++warp)
-        if (warp != kLoader) set_up_barriers(storage[0], warp, 1);
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
-        u32 wanted = 0, told[kSplit]{};
-        for (const auto& [barrier, count] : inits) {
-            if (barrier == &storage[0].parts_full[consumer] && count != 1) fail("more than one arrival", consumer, count);
-            if (barrier == &storage[0].parts_empty[consumer]) wanted += count;
-        }
+        const u32 full = arrivals_wanted(storage[0], &storage[0].parts_full[consumer]);
+        if (full != 1) fail("more than one arrival", consumer, full);
         remote_arrivals.clear();
         for (int cta = 0; cta < kSplit; ++cta)
             for (int thread = 0; thread < 128; ++thread) {
                 rank_in_cluster = cta, threadIdx.x = consumer * 128 + thread, shared_begin = &storage[cta];
                 open_exchange(storage[cta], consumer, 1, 0);
             }
-        shared_begin = &storage[0];
-        for (u32 address : remote_arrivals) {
-            const u32 cta = address >> 24;
-            if (address != remote_address(&storage[0].parts_empty[consumer], cta)) fail("told elsewhere", consumer, cta);
-            ++told[cta];
-        }
-        for (u32 count : told)
-            if (count != wanted) fail("told", count, wanted);
+        check_remote_arrivals(storage[0], &storage[0].parts_empty[consumer], kSplit);
     }
 }
 

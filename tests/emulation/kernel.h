@@ -19,3 +19,29 @@ inline void set_raster(GemmParams& p, int raster) {              // of p.n colum
     printf("%s: %d, %d\n", what, at, x);
     exit(1);
 }
+
+// How many arrivals the kernel sets a barrier up for.
+inline u32 arrivals_wanted(SharedStorage& s, const u64* barrier) {
+    inits.clear();
+    for (int warp = 0; warp < kThreads / 32; ++warp)
+        if (warp != kLoader) set_up_barriers(s, warp, 1);
+    u32 wanted = 0;
+    for (const auto& [of, count] : inits)
+        if (of == barrier) wanted += count;
+    return wanted;
+}
+
+// All remote arrivals were at this barrier, in each of the CTAs as many as it waits for.
+inline void check_remote_arrivals(SharedStorage& s, const u64* barrier, u32 ctas) {
+    const u32 wanted = arrivals_wanted(s, barrier);
+    std::vector<u32> found(ctas);
+    shared_begin = &s;
+    for (u32 address : remote_arrivals) {
+        const u32 cta = address >> 24;
+        if (cta >= ctas || address != remote_address(barrier, cta)) fail("arrives elsewhere", cta, address);
+        ++found[cta];
+    }
+    shared_begin = nullptr;
+    for (u32 count : found)
+        if (count != wanted) fail("arrivals", count, wanted);
+}

@@ -42,22 +42,12 @@ void check_meetings(bool loads) {
 }
 
 void check_releases(SharedStorage& s) {
-    for (int warp = 0; warp < kThreads / 32; ++warp)
-        if (warp != kLoader) set_up_barriers(s, warp, 1);
-    u32 wanted = 0, released[kShare]{};
-    for (const auto& [barrier, count] : inits)
-        if (barrier == &s.stages[0].empty) wanted += count;
+    const u64* empty = &s.stages[0].empty;
     shared_begin = &s;
     for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster)
         for (threadIdx.x = 0; threadIdx.x < kConsumers * 128; ++threadIdx.x) release(empty_of_first(s));
-    for (u32 address : remote_arrivals) {
-        const u32 cta = address >> 24;
-        if (cta >= kShare || address != remote_address(&s.stages[0].empty, cta)) fail("released elsewhere", cta, address);
-        ++released[cta];
-    }
-    if (kShare == 1) released[0] = arrivals.size();
-    for (u32 count : released)
-        if (count != wanted) fail("arrivals", count, wanted);
+    if (kShare > 1) check_remote_arrivals(s, empty, kShare);
+    else if (arrivals.size() != arrivals_wanted(s, empty)) fail("arrivals", arrivals.size(), arrivals_wanted(s, empty));
     shared_begin = nullptr;
 }
 
