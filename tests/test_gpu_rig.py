@@ -156,6 +156,19 @@ def test_a_kernel_is_loaded_several_times_but_beside_others() -> None:
     assert len(set(again)) == gpu.LOADS - 1
     assert device.loads(plan, native.DENSE) == again, "once for all problems"
     assert shared.loads(plan, native.DENSE) == []
+    final = device.final_loads(plan, native.DENSE)
+    assert len({*again, *final}) == gpu.LOADS - 1 + gpu.FINAL_LOADS, "others in a final"
+    assert device.loads(plan, native.DENSE) == again
+    assert shared.final_loads(plan, native.DENSE) == []
+    used = []
+    for renew in (False, True):
+        if renew:
+            rig.renew([plan])
+        first = stub.driver().stub_launch_count()
+        rig.times([plan], gpu.FINAL_LOADS)
+        used.append({launch["function"] for launch in stub.launches(first)})
+    assert [len(functions) for functions in used] == [gpu.LOADS, gpu.FINAL_LOADS]
+    assert not used[0] & used[1]
     rig.close()
     device.close()
     shared.close()

@@ -100,6 +100,9 @@ class CpuRig:
             best = min(best, time.perf_counter() - started)
         return best
 
+    def renew(self, plans: Sequence[AnyPlan]) -> None:
+        """The library is loaded once."""
+
     def clock_hz(self) -> float | None:
         return None
 

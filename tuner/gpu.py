@@ -29,6 +29,7 @@ from .writer import Stamp
 FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
 LOADS = 8  # of each kernel, each with a copy of the operands: where code and operands lie moves times by percents
+FINAL_LOADS = 16  # of a finalist's kernel, others than before: what led by a lucky address then falls back
 RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, several times
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer
@@ -243,7 +244,7 @@ class GpuRig:
         if plan not in self._launches:
             key = planner.make_key(self._found)
             first = planner.entry_of(key, plan, stream=self.gpu.stream, may_build=True)
-            self.add(plan, [first, *self._elsewhere(first, plan)])
+            self.add(plan, [first, *_with_kernels(first, self.target.loads(plan, self._problem.kind))])
         entry, operands = self._pair(plan, self._round)
         n, d = self._problem.n, operands.d.data
         self.gpu.fill(d, accuracy.POISON, self._rows * n, 2)
@@ -259,13 +260,11 @@ class GpuRig:
         self.gpu.download(found, self._errors)
         return judge(found, n)
 
-    def _elsewhere(self, first: native.Entry, plan: AnyPlan) -> list[native.Entry]:
-        found = []
-        for handle in self.target.loads(plan, self._problem.kind):
-            entry = native.Entry.from_buffer_copy(first)
-            entry.kernel = handle
-            found.append(entry)
-        return found
+    def renew(self, plans: Sequence[AnyPlan]) -> None:
+        for plan in plans:
+            first, _ = self._launches[plan][0]
+            if others := _with_kernels(first, self.target.final_loads(plan, self._problem.kind)):
+                self.add(plan, others)
 
     def times(self, plans: Sequence[AnyPlan], rounds: int) -> list[list[float]]:
         """The flush before each launch lasts longer than the host needs to issue it, so no gap counts.
@@ -311,6 +310,15 @@ class GpuRig:
             self.gpu.release(self._pointers.pop())
 
 
+def _with_kernels(entry: native.Entry, kernels: Sequence[int]) -> list[native.Entry]:
+    """The same launch of other loads of its kernel."""
+    found = []
+    for kernel in kernels:
+        found.append(native.Entry.from_buffer_copy(entry))
+        found[-1].kernel = kernel
+    return found
+
+
 def judge(errors: Any, columns: int) -> float:
     """Error over that of rounding to bf16, from the rows that fp8gemm_compare wrote; infinite if it is wrong.
 
@@ -349,14 +357,21 @@ class GpuTarget:
         self._loads: dict[Kernel, list[int]] = {}
 
     def loads(self, plan: AnyPlan, kind: int) -> list[int]:
-        """The plan's kernel, loaded again."""
+        """The plan's kernel, loaded again, once for all problems; beside a serving process not at all."""
+        return self._loaded(plan, kind, LOADS - 1)
+
+    def final_loads(self, plan: AnyPlan, kind: int) -> list[int]:
+        """The same, none of them among `loads`."""
+        return self._loaded(plan, kind, LOADS - 1 + FINAL_LOADS)[LOADS - 1 :]
+
+    def _loaded(self, plan: AnyPlan, kind: int, count: int) -> list[int]:
         if self.share or not isinstance(plan, Plan):
             return []
         kernel = plan.kernel(kind)
-        if kernel not in self._loads:
-            again = backends.loaded_again(self.device_id, kernel, plan.shared_bytes, LOADS - 1)
-            self._loads[kernel] = [handle.value or 0 for handle in again]
-        return self._loads[kernel]
+        found = self._loads.setdefault(kernel, [])
+        more = backends.loaded_again(self.device_id, kernel, plan.shared_bytes, count - len(found))
+        found += [handle.value or 0 for handle in more]
+        return found[:count]
 
     def room(self, needed: int) -> int:
         """Bytes for a problem's operands on this GPU now. Raises BackendUnavailable if these are too few."""

@@ -13,7 +13,7 @@ from fp8gemm.store import AnyPlan
 
 FIRST_ROUNDS = 5  # before anyone is judged, and between judgements
 MOST_ROUNDS = 30
-FINAL_ROUNDS = 120  # a time of 10 us is known to 1% after 30 rounds, and 1% is what the best plans differ by
+FINAL_ROUNDS = 128  # a time of 10 us is known to 1% after 30 rounds, and 1% is what the best plans differ by
 LEAST_ROUNDS = FIRST_ROUNDS  # for a time that counts
 PATIENCE = 20  # bursts without one undisturbed round, after which a race is given up
 
@@ -32,6 +32,9 @@ class Rig(Protocol):
 
     def times(self, plans: Sequence[AnyPlan], rounds: int) -> list[list[float]]:
         """Seconds of each plan in `rounds` rounds in which they take turns; rounds that were disturbed are left out."""
+
+    def renew(self, plans: Sequence[AnyPlan]) -> None:
+        """From here on these run from other places in memory, where the device has code that can be loaded again."""
 
     def clock_hz(self) -> float | None:
         """The SMs' clock now; None where nobody tells."""

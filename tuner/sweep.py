@@ -115,7 +115,7 @@ class Sweep:
         return Outcome(self.task, winner, len(self.recorded), None, best, stored.seconds if stored else None)
 
     def _final(self, rig: Rig, standings: dict[AnyPlan, Timing]) -> dict[AnyPlan, Timing]:
-        """The best once more, all samples new: who leads among many that are nearly alike was also lucky so far.
+        """The best once more, all samples new, and all code: who leads among many that are nearly alike was lucky so far.
 
         If it is cut short, the times of before count.
         """
@@ -127,6 +127,7 @@ class Sweep:
         self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
         longest = FINAL_SECONDS / sum(standings[plan].seconds for plan in plans)
         rounds = min(FINAL_ROUNDS, max(MOST_ROUNDS, int(longest)))
+        rig.renew(plans)
         race = self._new_race(rig, plans, "final", stay, rounds)
         found = race.run()
         return found if race.finished else standings
