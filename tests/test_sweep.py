@@ -110,7 +110,7 @@ def test_what_a_sweep_tries_is_legal(gpu: Device, kind: int) -> None:
         assert len(set(first)) == len(first)
         guesses = [space.predicted(plan, task, gpu) or 0 for plan in first]
         assert guesses == sorted(guesses)
-        later = [plan for best in first[:2] for more in (space.launches, space.fewer_sms) for plan in more(best, task)]
+        later = [plan for best in first[:2] for more in (space.rasters, space.fewer_sms) for plan in more(best, task)]
         for plan in [*first, *later]:
             assert not list(plan.violations(kind, gpu))
             assert plan.num_sms <= limit
@@ -124,14 +124,20 @@ def test_other_launches_are_other_launches() -> None:
     task = Task(Problem(0, 16, 7168, 2048), H100.name, H100.sms, H100.sms)
     plan = Plan(16, 64, 4, depth=2, swap_ab=1, num_sms=H100.sms)
     fewer = space.fewer_sms(plan, task)
-    counts = [other.num_sms for other in fewer]
+    counts = [other.num_sms for other in fewer if isinstance(other, Plan)]
     assert counts == sorted(counts)
     assert counts[-1] == 112
     assert len(set(fewer)) == len(fewer) == 2 * len(set(counts)), "each with either policy"
-    high = Task(Problem(0, 600, 7168, 2048), H100.name, H100.sms, H100.sms)
+    many = Task(Problem(0, 4096, 7168, 2048), H100.name, H100.sms, H100.sms)
     pairs = Plan(128, 128, 5, cluster_m=2, num_sms=H100.sms, raster=2)
-    found = [other for other in space.launches(pairs, high) if isinstance(other, Plan)]
-    assert [other.raster for other in found] == [1, 1, 2, 3, 3]
+    assert pairs._replace(b_policy="evict_first") in space.fewer_sms(pairs, many)
+    assert pairs not in space.fewer_sms(pairs, many)
+    high = Task(Problem(0, 600, 7168, 2048), H100.name, H100.sms, H100.sms)
+    found = [other for other in space.rasters(pairs, high) if isinstance(other, Plan)]
+    assert [other.raster for other in found] == [1, 3]
+    large = Task(Problem(0, 8192, 7168, 2048), H100.name, H100.sms, H100.sms)
+    found = [other for other in space.rasters(pairs._replace(raster=8), large) if isinstance(other, Plan)]
+    assert [other.raster for other in found] == [1, 2, 4, 6, 10, 16, 32]
 
 
 def test_the_whole_space() -> None:

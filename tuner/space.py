@@ -1,4 +1,4 @@
-"""Which plans a sweep tries: first kernels, then how the best of them are launched, then fewer SMs.
+"""Which plans a sweep tries: first kernels, then in which order their tiles come, then L2 policies and fewer SMs.
 
 Each stage keeps the best plans of the one before. Trying everything with everything would cost a hundred times as much
 and, on the problems where it was tried, wins nothing beyond noise.
@@ -17,6 +17,7 @@ MOST = 130  # kernels that a sweep tries
 SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
 HOPELESS = 3.0  # and where it is
 POLICIES = ("evict_normal", "evict_first")  # evict_last gains nothing (native/README.md)
+RASTERS = (0.25, 0.5, 0.75, 1, 1.25, 2, 4)  # times the model's, which does not know what L2 still holds
 CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
 
 
@@ -66,21 +67,20 @@ def of_different_tiles(plans: Iterable[AnyPlan], count: int) -> list[AnyPlan]:
     return list(found.values())[:count]
 
 
-def launches(plan: AnyPlan, task: Task) -> list[AnyPlan]:
-    """The second stage: the same kernel, launched otherwise. Nothing is compiled for these."""
+def rasters(plan: AnyPlan, task: Task) -> list[AnyPlan]:
+    """The second stage: the same kernel, its tiles in another order. Nothing is compiled for these."""
     if not isinstance(plan, Plan):
         return []
-    rasters = {plan.raster, max(1, plan.raster // 2), plan.raster * 2} if task.problem.m > plan.tile_m else {1}
+    found = {1, *(int(plan.raster * factor) for factor in RASTERS)} - {0} if task.problem.m > plan.tile_m else {1}
     if task.problem.kind == native.DENSE:  # a band that is higher than D is the same launch
         rows = ceil_div(task.problem.m, plan.tile_m * plan.cluster_m)
-        rasters = {min(raster, rows) for raster in rasters}
-    found = [plan._replace(raster=raster, b_policy=policy) for raster in sorted(rasters) for policy in POLICIES]
-    return [other for other in found if other != plan]
+        found = {min(raster, rows) for raster in found}
+    return [plan._replace(raster=raster) for raster in sorted(found - {plan.raster})]
 
 
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
-    """The third stage: fewer SMs, with either L2 policy. With tiles to spare the last wave may not need them all, and
-    memory needs fewer still.
+    """The third stage: fewer SMs, and either L2 policy on all and on fewer. With tiles to spare the last wave may not
+    need them all, and memory needs fewer still.
 
     Where all tiles are one wave, any number of SMs from its CTAs on is the same launch: of those the least is tried.
     """
@@ -96,5 +96,6 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     usable = {n // plan.cluster * plan.cluster for n in counts}
     ctas = tiles * plan.cluster if task.problem.kind == native.DENSE else most
     fitting = [n for n in sorted(usable) if plan.cluster <= n < most and n <= ctas]
-    found = [plan._replace(num_sms=n, b_policy=policy) for n in fitting for policy in POLICIES]
-    return [fewer for fewer in found if cost.may_split(task.problem, fewer)]
+    numbers = fitting if ctas in fitting else sorted({*fitting, plan.num_sms})
+    found = [plan._replace(num_sms=n, b_policy=policy) for n in numbers for policy in POLICIES]
+    return [fewer for fewer in found if fewer != plan and cost.may_split(task.problem, fewer)]

@@ -91,7 +91,7 @@ class Sweep:
 
     def _race(self, rig: Rig, plans: list[AnyPlan]) -> Outcome:
         standings = self._stage(rig, plans, "kernels")
-        for stage, more in (("launches", space.launches), ("fewer SMs", space.fewer_sms)):
+        for stage, more in (("rasters", space.rasters), ("fewer SMs", space.fewer_sms)):
             if not standings or self.stop():
                 break
             finalists = space.of_different_tiles(standings, FINALISTS)
@@ -115,7 +115,7 @@ class Sweep:
         return Outcome(self.task, winner, len(self.recorded), None, best, stored.seconds if stored else None)
 
     def _final(self, rig: Rig, standings: dict[AnyPlan, Timing]) -> dict[AnyPlan, Timing]:
-        """The best once more, all samples new, and all code: who leads among many that are nearly alike was lucky so far.
+        """The best once more, samples and code all new: who leads among many that are nearly alike was lucky, too.
 
         If it is cut short, the times of before count.
         """
