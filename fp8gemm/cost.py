@@ -17,7 +17,7 @@ come out by themselves: a CTA's number of tiles is rounded up. Against all that 
 are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM rate are the device's. The constants
 below were fitted on an H200 to 20,731 measured (problem, plan) pairs: seven weights, M = 8 .. 8192. There the default
 was 2.4% slower than the best of these plans in the geometric mean and 12% at worst (native/README.md). What D's rows in
-one piece take was set later, from K = 512.
+one piece take was set later, from K = 512, and what B costs that is asked for again, from 16 x 4096 x 7168.
 """
 
 import functools
@@ -52,8 +52,10 @@ EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 1390, 11.4  # of the sums of a split K
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91, 5: 0.83, 6: 0.77}
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
 MEMORY_EFFICIENCY = 0.89
+AGAIN = 0.05  # of a byte of B's time at the memory, for each further row of tiles that asks for it
 HIDDEN = 0.038  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
+SHARES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # a group's rows over the mean: as the tuner deals them out
 
 
 def predict(problem: Problem, plan: Plan, device: Device) -> float:
@@ -71,7 +73,8 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     compute = per_cta * (turns * plan.turn * block_cycles(plan, rows, missed) + epilogue_cycles(plan))
 
     bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
-    memory = (unique + groups * rows * problem.n * 2) / bandwidth
+    again = max(row_tiles(problem, plan.tile_m) / plan.cluster_m - groups, 0) * problem.n * problem.k
+    memory = (unique + AGAIN * again + groups * rows * problem.n * 2) / bandwidth
     ahead = plan.stages * plan.depth * (_loaded_rows(plan, rows) + plan.tile_n) * TILE_K
     start = LAUNCH + BYTE_AHEAD * ahead + (LAUNCH_SHARED if shared_by > 1 else LAUNCH_SPLIT if plan.split > 1 else 0)
     return start + max(compute, memory) + HIDDEN * min(compute, memory)
@@ -84,10 +87,18 @@ def may_split(problem: Problem, plan: Plan) -> bool:
 
 def cluster_tiles(problem: Problem, plan: Plan) -> int:
     """Tiles of D of the plan's clusters; of groups as many as the model assumes. Each group begins a new tile."""
-    groups, rows = _groups(problem)
-    tiles_m = -(-groups * -(-rows // plan.tile_m) // plan.cluster_m)
+    tiles_m = -(-row_tiles(problem, plan.tile_m) // plan.cluster_m)
     tiles_n = -(-problem.n // (plan.tile_n * plan.cluster_n))
     return tiles_m * tiles_n
+
+
+def row_tiles(problem: Problem, tile_m: int) -> int:
+    """Tiles along M, of all groups. Groups of one size would fit a tile of that height each; real ones do not."""
+    groups, rows = _groups(problem)
+    if problem.kind in (native.RAGGED, native.MASKED):
+        tiles = sum(math.ceil(min(rows * share, problem.m) / tile_m) for share in SHARES)
+        return math.ceil(groups * tiles / len(SHARES))
+    return -(-problem.m // tile_m) if problem.kind == native.CONTIGUOUS else -(-rows // tile_m)
 
 
 def clusters(plan: Plan) -> int:

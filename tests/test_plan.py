@@ -194,6 +194,17 @@ def test_raster(problem: Problem, gpu: Device, data: st.DataObject) -> None:
     assert bands * raster - tiles < bands + raster
 
 
+def test_groups_are_not_all_of_one_size() -> None:
+    """A tile as high as the mean group is no default: the weights of larger ones would be read twice."""
+    masked = Problem(native.MASKED, 1024, 6144, 7168, 32, 32)
+    assert cost.row_tiles(masked, 32) > cost.row_tiles(masked, 64) == 32
+    assert cost.default_plan(masked, H100, 132).tile_m == 64
+    assert cost.row_tiles(masked._replace(m=32), 32) == 32, "no group has more rows than there are"
+    assert cost.row_tiles(Problem(native.RAGGED, 8192, 4096, 7168, 32), 128) > 64
+    assert cost.row_tiles(Problem(native.CONTIGUOUS, 10240, 4096, 7168, 32), 128) == 80, "padding and all"
+    assert cost.row_tiles(Problem(native.DENSE, 300, 4096, 7168), 128) == 3
+
+
 @pytest.mark.parametrize(("n", "k"), WEIGHTS)
 def test_more_rows_take_longer(n: int, k: int) -> None:
     """And never by a jump: the model has no cliff that a plan of the next size could step over."""
