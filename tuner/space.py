@@ -17,7 +17,7 @@ MOST = 130  # kernels that a sweep tries
 SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
 HOPELESS = 3.0  # and where it is
 POLICIES = ("evict_normal", "evict_first")  # evict_last gains nothing (native/README.md)
-RASTERS = (0.25, 0.5, 0.75, 1, 1.25, 2, 4)  # times the model's, which does not know what L2 still holds
+RASTERS = (0.25, 0.5, 0.75, 1.25, 2, 4)  # times the model's, which does not know what L2 still holds
 CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
 
 
