@@ -76,9 +76,17 @@ def test_roofs_say_where_they_come_from(gathered: report.Report) -> None:
     gpu, cpu = sorted(gathered.chapters, key=lambda chapter: chapter.is_cpu)
     assert gpu.roofs.flops_per_second == pytest.approx(132 * 8192 * 1.7e9)
     assert "1.70 GHz" in gpu.roofs.compute_source
-    assert gpu.roofs.memory_source
+    assert gpu.roofs.memory_source.startswith("an H100's")
     assert cpu.roofs.measured
     assert cpu.roofs.flops_per_second == max(t.flops_per_second for t in cpu.tuned)
+
+
+def test_nothing_is_above_the_roof_of_a_gpu_that_is_elsewhere() -> None:
+    fast = Problem(native.DENSE, 16, 7168, 16384)
+    tuned(fast, H100, fast.bytes / 4.2e12)
+    (chapter,) = report.gather().chapters
+    assert chapter.roofs.bytes_per_second == chapter.tuned[0].bytes_per_second == pytest.approx(4.2e12)
+    assert chapter.roofs.memory_source.startswith("the best of these problems")
 
 
 def test_the_last_sweep_counts() -> None:

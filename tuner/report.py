@@ -123,7 +123,7 @@ def gather() -> Report:
         tuned = [_tuned(row, sweeps.get(Task.from_row(row), [])) for row in rows]
         clocks = [m["clock_hz"] for t in tuned for m in sweeps.get(t.task, []) if m["clock_hz"]]
         on_cpu = all(row["space"].startswith("cpu") for row in rows)
-        chapters.append(Chapter(name, sms, _seen(tuned) if on_cpu else _roofs(name, sms, clocks), tuned))
+        chapters.append(Chapter(name, sms, _seen(tuned) if on_cpu else _roofs(name, sms, clocks, tuned), tuned))
     return Report(str(store.path()), __version__, chapters)
 
 
@@ -144,15 +144,17 @@ def _tuned(row: dict[str, Any], measured: list[dict[str, Any]]) -> Tuned:
     return Tuned(Task.from_row(row), *times, text, frugal, row["frugal_seconds"], row["tuned"], plans, left_out)
 
 
-def _roofs(name: str, sms: int, clocks: Sequence[float]) -> Roofs:
+def _roofs(name: str, sms: int, clocks: Sequence[float], tuned: Sequence[Tuned]) -> Roofs:
     """Of a Hopper GPU: the tensor cores' rate at the clock that was seen, the memory's as the driver tells it."""
     clock, source = (max(clocks), "the highest seen") if clocks else (cost.CLOCK_HZ, "usual under load")
     compute = f"{sms} SMs x {FLOP_PER_CYCLE} FLOP per cycle x {clock / 1e9:.2f} GHz, {source}"
     bandwidth = _bandwidth(name)
     if bandwidth:
         return Roofs(sms * FLOP_PER_CYCLE * clock, bandwidth, compute, "the driver: memory clock x bus width", False)
-    memory = "an H100's: this GPU is not here to be asked"
-    return Roofs(sms * FLOP_PER_CYCLE * clock, cost.DEFAULT_BANDWIDTH, compute, memory, False)
+    seen = max(t.bytes_per_second for t in tuned)
+    memory = "an H100's" if seen <= cost.DEFAULT_BANDWIDTH else "the best of these problems"
+    memory += ": this GPU is not here to be asked"
+    return Roofs(sms * FLOP_PER_CYCLE * clock, max(seen, cost.DEFAULT_BANDWIDTH), compute, memory, False)
 
 
 def _bandwidth(name: str) -> float:
