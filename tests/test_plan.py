@@ -194,6 +194,13 @@ def test_raster(problem: Problem, gpu: Device, data: st.DataObject) -> None:
     assert bands * raster - tiles < bands + raster
 
 
+def test_few_rows_are_one_row_of_tiles() -> None:
+    """Two that stream the weights side by side take a quarter longer, and memory hides nothing of it."""
+    for m, (n, k) in itertools.product((8, 16, 32), WEIGHTS):
+        best = cost.default_plan(Problem(native.DENSE, m, n, k), H100, 132)
+        assert best.tile_m >= m or n < 1024, (m, n, k, best)  # with few columns more CTAs are worth more
+
+
 def test_groups_are_not_all_of_one_size() -> None:
     """A tile as high as the mean group is no default: the weights of larger ones would be read twice."""
     masked = Problem(native.MASKED, 1024, 6144, 7168, 32, 32)
