@@ -49,7 +49,7 @@ LAUNCH_SHARED, LAUNCH_SPLIT = 1450, 120  # clusters that share operands, that sp
 EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 1390, 11.4  # of the sums of a split K
 # Share of the SMs that clusters of this size reach on an H200, by where its SMs are. Where fewer clusters run, a
 # split that needs them all takes twice as long.
-RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91, 5: 0.83, 6: 0.77}
+RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
 MEMORY_EFFICIENCY = 0.89
 AGAIN = 0.05  # of a byte of B's time at the memory, for each further row of tiles that asks for it

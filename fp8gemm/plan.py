@@ -31,7 +31,7 @@ SWAPPED_TILE_MS = (8, 16, 32)
 SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
 DEPTHS = (1, 2, 4)
-SPLITS = (1, 2, 3, 4, 5, 6)  # wider clusters reach fewer SMs
+SPLITS = (1, 2, 3, 4)  # wider clusters reach fewer SMs (native/README.md)
 MIN_STAGES, MAX_STAGES = 3, 16  # of compiled_space: two could not hide a load's latency
 FEWER_BYTES_AHEAD = (64 << 10, 96 << 10)  # of B, in the stages of plans for few rows
 

@@ -33,12 +33,12 @@ PLANS = [
 ]
 SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
     Plan(64, 64, 4, depth=2, split=4),
-    Plan(64, 64, 4, depth=2, split=6),
-    Plan(64, 48, 5, depth=2, split=5),
+    Plan(64, 64, 4, depth=2, split=3),
+    Plan(64, 48, 5, depth=2, split=4),
     Plan(32, 80, 3, depth=2, split=3),
     Plan(128, 176, 3, split=4),
     Plan(256, 112, 3, split=3),
-    Plan(192, 96, 3, split=5),
+    Plan(192, 80, 3, split=4),
     Plan(128, 16, 8, split=2),
 ]
 
