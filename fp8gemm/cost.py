@@ -55,7 +55,7 @@ MEMORY_EFFICIENCY = 0.89
 AGAIN = 0.05  # of a byte of B's time at the memory, for each further row of tiles that asks for it
 HIDDEN = 0.038  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
-SHARES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # a group's rows over the mean: as the tuner deals them out
+SHARES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # a group's rows over the mean, as tuner/operands.py deals them out
 
 
 def predict(problem: Problem, plan: Plan, device: Device) -> float:
@@ -92,13 +92,14 @@ def cluster_tiles(problem: Problem, plan: Plan) -> int:
     return tiles_m * tiles_n
 
 
+@functools.lru_cache(maxsize=64)  # each plan of a problem asks twice, for one of a few heights
 def row_tiles(problem: Problem, tile_m: int) -> int:
     """Tiles along M, of all groups. Groups of one size would fit a tile of that height each; real ones do not."""
-    groups, rows = _groups(problem)
     if problem.kind in (native.RAGGED, native.MASKED):
+        groups, rows = _groups(problem)
         tiles = sum(math.ceil(min(rows * share, problem.m) / tile_m) for share in SHARES)
         return math.ceil(groups * tiles / len(SHARES))
-    return -(-problem.m // tile_m) if problem.kind == native.CONTIGUOUS else -(-rows // tile_m)
+    return -(-max(problem.m, 1) // tile_m)
 
 
 def clusters(plan: Plan) -> int:

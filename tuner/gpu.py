@@ -312,11 +312,7 @@ class GpuRig:
 
 def _with_kernels(entry: native.Entry, kernels: Sequence[int]) -> list[native.Entry]:
     """The same launch of other loads of its kernel."""
-    found = []
-    for kernel in kernels:
-        found.append(native.Entry.from_buffer_copy(entry))
-        found[-1].kernel = kernel
-    return found
+    return [native.Entry(key=entry.key, kernel=kernel, plan=entry.plan) for kernel in kernels]
 
 
 def judge(errors: Any, columns: int) -> float:
@@ -369,8 +365,9 @@ class GpuTarget:
             return []
         kernel = plan.kernel(kind)
         found = self._loads.setdefault(kernel, [])
-        more = backends.loaded_again(self.device_id, kernel, plan.shared_bytes, count - len(found))
-        found += [handle.value or 0 for handle in more]
+        if count > len(found):
+            more = backends.loaded_again(self.device_id, kernel, plan.shared_bytes, count - len(found))
+            found += [handle.value or 0 for handle in more]
         return found[:count]
 
     def room(self, needed: int) -> int:

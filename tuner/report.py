@@ -145,16 +145,19 @@ def _tuned(row: dict[str, Any], measured: list[dict[str, Any]]) -> Tuned:
 
 
 def _roofs(name: str, sms: int, clocks: Sequence[float], tuned: Sequence[Tuned]) -> Roofs:
-    """Of a Hopper GPU: the tensor cores' rate at the clock that was seen, the memory's as the driver tells it."""
+    """Of a Hopper GPU: the tensor cores' rate at the clock that was seen, the memory's as the driver tells it.
+
+    Where the GPU is elsewhere, an H100's memory stands in, or the best that was seen if that is more.
+    """
     clock, source = (max(clocks), "the highest seen") if clocks else (cost.CLOCK_HZ, "usual under load")
     compute = f"{sms} SMs x {FLOP_PER_CYCLE} FLOP per cycle x {clock / 1e9:.2f} GHz, {source}"
     bandwidth = _bandwidth(name)
     if bandwidth:
         return Roofs(sms * FLOP_PER_CYCLE * clock, bandwidth, compute, "the driver: memory clock x bus width", False)
-    seen = max(t.bytes_per_second for t in tuned)
-    memory = "an H100's" if seen <= cost.DEFAULT_BANDWIDTH else "the best of these problems"
+    seen = _seen(tuned)
+    bandwidth, memory = max((cost.DEFAULT_BANDWIDTH, "an H100's"), (seen.bytes_per_second, seen.memory_source))
     memory += ": this GPU is not here to be asked"
-    return Roofs(sms * FLOP_PER_CYCLE * clock, max(seen, cost.DEFAULT_BANDWIDTH), compute, memory, False)
+    return Roofs(sms * FLOP_PER_CYCLE * clock, bandwidth, compute, memory, False)
 
 
 def _bandwidth(name: str) -> float:

@@ -17,7 +17,7 @@ MOST = 130  # kernels that a sweep tries
 SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
 HOPELESS = 3.0  # and where it is
 POLICIES = ("evict_normal", "evict_first")  # evict_last gains nothing (native/README.md)
-RASTERS = (0.25, 0.5, 0.75, 1.25, 2, 4)  # times the model's, which does not know what L2 still holds
+RASTERS = (0, 0.25, 0.5, 0.75, 1.25, 2, 4)  # times the model's, which knows not what L2 still holds; 1 at least
 CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
 
 
@@ -71,7 +71,7 @@ def rasters(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     """The second stage: the same kernel, its tiles in another order. Nothing is compiled for these."""
     if not isinstance(plan, Plan):
         return []
-    found = {1, *(int(plan.raster * factor) for factor in RASTERS)} - {0} if task.problem.m > plan.tile_m else {1}
+    found = {max(1, int(plan.raster * factor)) for factor in RASTERS} if task.problem.m > plan.tile_m else {1}
     if task.problem.kind == native.DENSE:  # a band that is higher than D is the same launch
         rows = ceil_div(task.problem.m, plan.tile_m * plan.cluster_m)
         found = {min(raster, rows) for raster in found}
