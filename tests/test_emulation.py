@@ -60,6 +60,11 @@ def test_what_is_loaded(sources: Path, tmp_path: Path, plan: Plan, role: str) ->
     check(sources, tmp_path, plan, native.DENSE, role)
 
 
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if not plan.swap_ab], ids=str)
+def test_what_consumers_wait_for(sources: Path, tmp_path: Path, plan: Plan) -> None:
+    check(sources, tmp_path, plan, native.DENSE, "consumers")
+
+
 @pytest.mark.parametrize("plan", [Plan(128, 192, 4), Plan(64, 96, 5)], ids=str)
 def test_scales_of_ragged_groups(sources: Path, tmp_path: Path, plan: Plan) -> None:
     check(sources, tmp_path, plan, native.RAGGED, "ragged")

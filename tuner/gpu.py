@@ -26,10 +26,10 @@ from .measure import Rig, Stop
 from .target import Say
 from .writer import Stamp
 
-FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
+FLUSH_BYTES = 256 << 20  # five times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
 LOADS = 8  # of each kernel, each with a copy of the operands: where code and operands lie moves times by percents
-FINAL_LOADS = 16  # of a finalist's kernel, others than before: what led by a lucky address then falls back
+FINAL_LOADS = 32  # of a finalist's kernel, others than before: what led by a lucky address then falls back
 RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, several times
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
 DISTURBED = 1.15  # a round counts only if its flush, whose time is known, took at most this much longer

@@ -13,7 +13,7 @@ from fp8gemm.store import AnyPlan
 
 FIRST_ROUNDS = 5  # before anyone is judged, and between judgements
 MOST_ROUNDS = 30
-FINAL_ROUNDS = 128  # a time of 10 us is known to 1% after 30 rounds, and 1% is what the best plans differ by
+FINAL_ROUNDS = 256  # a time of 10 us is known to 1% after 30 rounds, and 1% is what the best plans differ by
 LEAST_ROUNDS = FIRST_ROUNDS  # for a time that counts
 PATIENCE = 20  # bursts without one undisturbed round, after which a race is given up
 

@@ -19,6 +19,7 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
+FULL = 0.75  # of the SMs have a tile
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
 FINAL = 12  # plans of the last stage race once more, and the best of the finalists' tiles
 FINAL_SECONDS = 4.0  # of running plans at most, unless fewer rounds than any race's would fit
@@ -205,20 +206,25 @@ class Sweep:
         self.recorded |= timings.keys()
 
     def _winner(self, standings: dict[AnyPlan, Timing]) -> Winner:
-        """The fastest, unless one that is better known is as fast within the noise: what it would replace, or the same
-        plan with the usual L2 policy."""
+        """The fastest, or of those that are as fast within the noise what it would replace; without it one that leaves
+        few SMs idle, with the usual L2 policy."""
         best, timing = next(iter(standings.items()))
-        for known in (self.incumbent, usual(best)):
-            old = standings.get(known)
-            if old and old.seconds - timing.seconds <= old.spread + timing.spread:
-                best, timing = known, old
-                break
+        ties = [plan for plan, t in standings.items() if t.seconds - timing.seconds <= t.spread + timing.spread]
+        full = self._fullest(ties) or best
+        best = next(plan for plan in (self.incumbent, usual(full), full) if plan in ties)
+        timing = standings[best]
         default = standings.get(self.default)
         winner = Winner(best, timing.seconds, timing.spread, self.default, default.seconds if default else None)
         frugal = self._frugal(standings, best)
         if not frugal:
             return winner
         return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
+
+    def _fullest(self, plans: Iterable[AnyPlan]) -> AnyPlan | None:
+        """The first with tiles for most SMs of a GPU. In a graph CTAs come where SMs fall free, and few are spread badly."""
+        least = FULL * self.task.num_sms
+        full = (p for p in plans if isinstance(p, Plan) and space.busy_sms(p, self.task) >= least)
+        return next(full, None)
 
     @staticmethod
     def _frugal(standings: dict[AnyPlan, Timing], best: AnyPlan) -> AnyPlan | None:

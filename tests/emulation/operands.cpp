@@ -80,8 +80,10 @@ int main() {
                 // For each fill, and where a peer arrives here, for the last use of each stage.
                 const size_t all = expects.size() + (kShare > 1 ? kStages : 0);
                 if (waits.size() != all) fail("waits", waits.size(), all);
-                for (size_t i = 0; i < all; ++i)
-                    if (waits[i] != &s.stages[i % kStages].empty) fail("another barrier waited for", i, all);
+                for (size_t i = 0; i < all; ++i) {
+                    const std::pair<const u64*, u32> wanted{&s.stages[i % kStages].empty, i / kStages % 2 ^ 1};
+                    if (waits[i] != wanted) fail("another barrier waited for, or phase", i, all);
+                }
             }
             for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
                 Scheduler tiles(p);

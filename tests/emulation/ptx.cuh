@@ -110,9 +110,9 @@ PTX void barrier_arrive_remote(u32 barrier) { remote_arrivals.push_back(barrier)
 struct Sent { u32 to, barrier; float v[4]; };                    // to another CTA, by remote addresses
 inline std::vector<Sent> sent;
 PTX void store_async_remote(u32 to, const float* v, u32 barrier) { sent.push_back({to, barrier, {v[0], v[1], v[2], v[3]}}); }
-PTX bool barrier_test(u64*, u32) { return true; }
-inline std::vector<const u64*> waits;
-PTX void barrier_wait(u64* barrier, u32) { waits.push_back(barrier); }
+PTX bool barrier_test(u64*, u32) { return false; }
+inline std::vector<std::pair<const u64*, u32>> waits;           // barriers and parities
+PTX void barrier_wait(u64* barrier, u32 parity) { waits.push_back({barrier, parity}); }
 PTX void prefetch_map(const TensorMap&) {}
 PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64) {
     boxes.push_back({nullptr, &map, to, barrier, x, y, 0, z, false});

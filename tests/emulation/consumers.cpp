@@ -1,0 +1,53 @@
+// Runs each consumer over several tiles: it waits for every stage in order, by the right phase, and gives it back once.
+#include "kernel.h"
+
+namespace {
+
+struct Step { size_t stage; u32 phase; };
+
+// The stages that a consumer waits for, one behind another.
+std::vector<Step> stages_waited_for(SharedStorage& s) {
+    std::vector<Step> found;
+    for (const auto& [barrier, phase] : waits)
+        for (size_t i = 0; i < kStages; ++i)
+            if (barrier == &s.stages[i].full) found.push_back({i, phase});
+    return found;
+}
+
+void check(SharedStorage& s, int consumer, size_t tiles, size_t each) {
+    const std::vector<Step> found = stages_waited_for(s);
+    size_t own = 0;
+    for (size_t i = 0; i < tiles * each; ++i) {
+        if (own >= found.size()) fail("a stage not waited for", consumer, static_cast<int>(i));
+        const Step step = found[own++];
+        if (step.stage != i % kStages || step.phase != i / kStages % 2) fail("another stage", consumer, static_cast<int>(i));
+    }
+    if (found.size() > own) fail("stages of others", consumer, static_cast<int>(found.size()));
+    const size_t given = kShare > 1 ? remote_arrivals.size() : arrivals.size();
+    if (given != own) fail("given back", static_cast<int>(given), static_cast<int>(own));
+}
+
+}  // namespace
+
+int main() {
+    static SharedStorage s;
+    static u16 d[4 * kTileM][8 * kTileN];
+    for (int k : {128, 1024, 1040, 2176, 128 * kTurn * 3}) {
+        GemmParams p{};
+        p.m = 4 * kTileM, p.n = 8 * kTileN, p.k = k, p.groups = 1, p.a_box_rows = kTileM;
+        p.d_data = &d[0][0], p.d_row = 8 * kTileN;
+        set_raster(p, 2);
+        gridDim.x = 3 * kCluster, blockIdx.x = 0;
+        const int last = (blocks_of_k(p) + kTurn - 1) / kTurn * kTurn;
+        size_t tiles = 0;
+        Scheduler scheduler(p);
+        for (Tile tile; scheduler.next(tile);) ++tiles;
+        for (int consumer = 0; consumer < kConsumers; ++consumer) {
+            waits.clear(), arrivals.clear(), remote_arrivals.clear();
+            threadIdx.x = consumer * 128;
+            multiply(p, s, 0, last, consumer);
+            check(s, consumer, tiles, last / kDepth);
+        }
+    }
+    printf("ok\n");
+}
