@@ -221,7 +221,7 @@ class Sweep:
         return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
 
     def _fullest(self, plans: Iterable[AnyPlan]) -> AnyPlan | None:
-        """The first with tiles for most SMs of a GPU. In a graph CTAs come where SMs fall free, and few are spread badly."""
+        """The first with tiles for most SMs of a GPU: in a graph CTAs come where SMs fall free, few are spread badly."""
         least = FULL * self.task.num_sms
         full = (p for p in plans if isinstance(p, Plan) and space.busy_sms(p, self.task) >= least)
         return next(full, None)
