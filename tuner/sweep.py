@@ -22,7 +22,7 @@ FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
 FULL = 0.75  # of the SMs have a tile
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
 FINAL = 12  # plans of the last stage race once more, and the best of the finalists' tiles
-FINAL_SECONDS = 4.0  # of running plans at most, unless fewer rounds than any race's would fit
+FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any race's would fit
 
 
 class Outcome(NamedTuple):
@@ -221,7 +221,7 @@ class Sweep:
         return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
 
     def _fullest(self, plans: Iterable[AnyPlan]) -> AnyPlan | None:
-        """The first with tiles for most SMs of a GPU: in a graph CTAs come where SMs fall free, few are spread badly."""
+        """The first with tiles for most SMs of a GPU: in a graph CTAs come where SMs fall free, few spread badly."""
         least = FULL * self.task.num_sms
         full = (p for p in plans if isinstance(p, Plan) and space.busy_sms(p, self.task) >= least)
         return next(full, None)
