@@ -435,6 +435,35 @@ def test_luck_does_not_decide() -> None:
     assert outcome.winner.plan == CpuPlan(8, 128)
 
 
+def test_the_final_is_of_all_stages() -> None:
+    """A kernel that another one of its tile beat by luck does not go on, but comes to the final."""
+    task = Task(Problem(0, 64, 4096, 7168), H100.name, H100.sms, H100.sms)
+    plans = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan) and space.busy_sms(p, task) > 120]
+    best, lucky = next(
+        (p, q) for p, q in itertools.combinations(plans, 2) if (p.tile_m, p.tile_n) == (q.tile_m, q.tile_n)
+    )
+
+    class Lucky(FakeRig):
+        def times(self, plans: Sequence[AnyPlan], rounds: int) -> list[list[float]]:
+            def gain(p: AnyPlan) -> float:
+                return 0.99 if not self.renewed and isinstance(p, Plan) and p.kernel(0) == lucky.kernel(0) else 1.0
+
+            found = super().times(plans, rounds)
+            return [[t * gain(p) for t in ts] for p, ts in zip(plans, found, strict=True)]
+
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, Plan)
+        return 1e-5 * {best.kernel(0): 1.0, lucky.kernel(0): 1.005}.get(p.kernel(0), 2.0)
+
+    rig = Lucky(seconds, noise=0.004)
+    outcome = sweep(rig, task, H100)
+    assert outcome.winner is not None
+    assert outcome.winner.plan == best
+    rows = [row for row in store.rows("measurements") if row["seconds"] is not None]
+    assert len({row["plan"] for row in rows}) == len(rows) == outcome.measured
+    assert {row["plan"] for row in rows} == {store.plan_json(plan) for plan in rig.timed}
+
+
 @pytest.mark.parametrize("bursts", [1, 7, 20])
 def test_a_final_that_is_cut_short_does_not_count(bursts: int) -> None:
     """Stopped, and disturbed before: what the stages before found is published and recorded, each plan once."""

@@ -21,7 +21,7 @@ STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
 FULL = 0.75  # of the SMs have a tile
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
-FINAL = 12  # plans of the last stage race once more, and the best of the finalists' tiles
+FINAL = 12  # plans of all stages race once more, and the best of the finalists' tiles
 FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any race's would fit
 
 
@@ -68,6 +68,8 @@ class Sweep:
         self.stored = writer.incumbent(task, target.device)
         self.incumbent = self.stored or writer.incumbent(task.with_other_scales(), target.device) or self.default
         self.errors: dict[AnyPlan, float] = {}
+        self.left: dict[AnyPlan, Timing] = {}  # survivors of a stage that the next one did not take on
+        self.places: dict[AnyPlan, float] = {}  # of survivors: seconds over the default's in the same stage
         self.recorded: set[AnyPlan] = set()
 
     def run(self) -> Outcome:
@@ -99,12 +101,13 @@ class Sweep:
             extra = [plan for best in finalists for plan in more(best, self.task)]
             if extra:
                 keep = dict.fromkeys([*finalists, *map(usual, finalists), self.default, self.incumbent])
-                self._record(rig, {plan: t for plan, t in standings.items() if plan not in keep})
+                self.left |= {plan: timing for plan, timing in standings.items() if plan not in keep}
                 going_on = [plan for plan in keep if plan in standings]
                 later = self._stage(rig, [*going_on, *self._built(extra)], stage)
                 standings = later or standings
         standings = self._final(rig, standings)
         self._record(rig, standings)
+        self._record(rig, {plan: timing for plan, timing in self.left.items() if plan not in standings})
         if not standings:
             return self._nothing(STOPPED if self.stop() else "no right plan, or no undisturbed round")
         winner = self._winner(standings)
@@ -116,17 +119,20 @@ class Sweep:
         return Outcome(self.task, winner, len(self.recorded), None, best, stored.seconds if stored else None)
 
     def _final(self, rig: Rig, standings: dict[AnyPlan, Timing]) -> dict[AnyPlan, Timing]:
-        """The best once more, samples and code all new: who leads among many that are nearly alike was lucky, too.
+        """The best of all stages once more, samples and code all new: who leads among many that are nearly alike was
+        lucky, too, and so was who went on.
 
         If it is cut short, the times of before count.
         """
         if len(standings) < 2 or self.stop():
             return standings
+        known = self.left | standings
+        best = sorted(known, key=self.places.__getitem__)
         stay = [self.default, self.incumbent, self._frugal(standings, next(iter(standings)))]
-        first = [*list(standings)[:FINAL], *space.of_different_tiles(standings, FINALISTS)]
-        plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in standings]
+        first = [*best[:FINAL], *space.of_different_tiles(best, FINALISTS)]
+        plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in known]
         self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
-        longest = FINAL_SECONDS / sum(standings[plan].seconds for plan in plans)
+        longest = FINAL_SECONDS / sum(known[plan].seconds for plan in plans)
         rounds = min(FINAL_ROUNDS, max(MOST_ROUNDS, int(longest)))
         rig.renew(plans)
         race = self._new_race(rig, plans, "final", stay, rounds)
@@ -145,7 +151,10 @@ class Sweep:
         right = self._right(rig, plans)
         if not right or self.stop():
             return {}
-        return self._new_race(rig, right, stage, (self.default, self.incumbent), MOST_ROUNDS).run()
+        found = self._new_race(rig, right, stage, (self.default, self.incumbent), MOST_ROUNDS).run()
+        default = found.get(self.default)
+        self.places |= {plan: t.seconds / (default.seconds if default else 1.0) for plan, t in found.items()}
+        return found
 
     def _new_race(
         self, rig: Rig, plans: list[AnyPlan], stage: str, keep: Iterable[AnyPlan | None], rounds: int
