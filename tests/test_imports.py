@@ -88,7 +88,7 @@ def test_commands_do_not_import_in_circles() -> None:
 # The tuner's own order; it imports the library and, for what is shown, the command line's modules, never the other way.
 TUNER = [
     ["__init__"],
-    ["writer", "presets", "space", "measure", "operands", "build"],
+    ["writer", "presets", "space", "measure", "operands", "build", "nvml"],
     ["target", "cpu", "gpu"],
     ["sweep"],
     ["tune", "daemon", "warmup", "report"],

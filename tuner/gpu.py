@@ -23,6 +23,7 @@ from fp8gemm.store import AnyPlan, Task
 from . import operands
 from .build import Builder
 from .measure import Rig, Stop
+from .nvml import Nvml
 from .target import Say
 from .writer import Stamp
 
@@ -348,7 +349,7 @@ class GpuTarget:
         native.library().driver_version(ctypes.byref(driver))
         self.stamp = Stamp(f"{made_by.kind} {made_by.version}", str(driver.value), compiler.digest())
         self.flush_bytes = SHARED_FLUSH * self.device.l2_bytes if share else FLUSH_BYTES
-        self._nvml = _Nvml.open(self.gpu.uuid)
+        self._nvml = Nvml.open(self.gpu.uuid)
         self._builder: Builder | None = None
         self._loads: dict[Kernel, list[int]] = {}
 
@@ -428,36 +429,3 @@ def _kernels(plans: Sequence[tuple[AnyPlan, Task]]) -> list[Kernel]:
     found = [plan.kernel(task.problem.kind) for plan, task in plans if isinstance(plan, Plan)]
     kinds = dict.fromkeys(task.problem.kind for _, task in plans)
     return list(dict.fromkeys([reference_kernel(kind, True) for kind in kinds] + found))
-
-
-class _Nvml:
-    """What NVML tells of one GPU. A question that it does not answer gives None, or for utilisation, busy."""
-
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml, self._handle = nvml, handle
-
-    @classmethod
-    def open(cls, uuid: str) -> "_Nvml | None":
-        """None without NVML, or where it does not know the GPU."""
-        try:
-            from cuda.bindings import nvml
-        except ImportError:
-            return None
-        try:
-            nvml.init_v2()
-            return cls(nvml, nvml.device_get_handle_by_uuid(uuid))
-        except (nvml.NvmlError, RuntimeError):
-            return None
-
-    def utilisation(self) -> int:
-        """Percent of the last interval in which a kernel ran."""
-        try:
-            return int(self._nvml.device_get_utilization_rates(self._handle).gpu)
-        except (self._nvml.NvmlError, RuntimeError):
-            return 100
-
-    def clock_hz(self) -> float | None:
-        try:
-            return 1e6 * int(self._nvml.device_get_clock_info(self._handle, self._nvml.ClockType.CLOCK_SM))
-        except (self._nvml.NvmlError, RuntimeError):
-            return None
