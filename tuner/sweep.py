@@ -19,7 +19,7 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FULL = 0.75  # of the SMs have a tile
+FULL = 0.75  # of the SMs, that a plan has tiles for, or it loses ties
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
 FINAL = 12  # plans of all stages race once more, and the best of the finalists' tiles
 FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any race's would fit
@@ -68,8 +68,7 @@ class Sweep:
         self.stored = writer.incumbent(task, target.device)
         self.incumbent = self.stored or writer.incumbent(task.with_other_scales(), target.device) or self.default
         self.errors: dict[AnyPlan, float] = {}
-        self.left: dict[AnyPlan, Timing] = {}  # survivors of a stage that the next one did not take on
-        self.places: dict[AnyPlan, float] = {}  # of survivors: seconds over the default's in the same stage
+        self.stages: list[dict[AnyPlan, Timing]] = []  # the survivors of each
         self.recorded: set[AnyPlan] = set()
 
     def run(self) -> Outcome:
@@ -101,13 +100,11 @@ class Sweep:
             extra = [plan for best in finalists for plan in more(best, self.task)]
             if extra:
                 keep = dict.fromkeys([*finalists, *map(usual, finalists), self.default, self.incumbent])
-                self.left |= {plan: timing for plan, timing in standings.items() if plan not in keep}
                 going_on = [plan for plan in keep if plan in standings]
                 later = self._stage(rig, [*going_on, *self._built(extra)], stage)
                 standings = later or standings
         standings = self._final(rig, standings)
-        self._record(rig, standings)
-        self._record(rig, {plan: timing for plan, timing in self.left.items() if plan not in standings})
+        self._record(rig, self._survivors() | standings)
         if not standings:
             return self._nothing(STOPPED if self.stop() else "no right plan, or no undisturbed round")
         winner = self._winner(standings)
@@ -126,12 +123,12 @@ class Sweep:
         """
         if len(standings) < 2 or self.stop():
             return standings
-        known = self.left | standings
-        best = sorted(known, key=self.places.__getitem__)
+        known, places = self._survivors(), self._places()
+        best = sorted(known, key=places.__getitem__)
         stay = [self.default, self.incumbent, self._frugal(standings, next(iter(standings)))]
         first = [*best[:FINAL], *space.of_different_tiles(best, FINALISTS)]
         plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in known]
-        self._record(rig, {plan: timing for plan, timing in standings.items() if plan not in plans})
+        self._record(rig, {plan: timing for plan, timing in known.items() if plan not in plans})
         longest = FINAL_SECONDS / sum(known[plan].seconds for plan in plans)
         rounds = min(FINAL_ROUNDS, max(MOST_ROUNDS, int(longest)))
         rig.renew(plans)
@@ -151,10 +148,20 @@ class Sweep:
         right = self._right(rig, plans)
         if not right or self.stop():
             return {}
-        found = self._new_race(rig, right, stage, (self.default, self.incumbent), MOST_ROUNDS).run()
-        default = found.get(self.default)
-        self.places |= {plan: t.seconds / (default.seconds if default else 1.0) for plan, t in found.items()}
-        return found
+        self.stages.append(self._new_race(rig, right, stage, (self.default, self.incumbent), MOST_ROUNDS).run())
+        return self.stages[-1]
+
+    def _survivors(self) -> dict[AnyPlan, Timing]:
+        """The plans that no race dropped, whether the next stage took them on or not, by their last stage."""
+        return {p: timing for stage in self.stages for p, timing in stage.items() if p not in self.recorded}
+
+    def _places(self) -> dict[AnyPlan, float]:
+        """What compares times of different stages: seconds over the default's, which runs in all."""
+        places: dict[AnyPlan, float] = {}
+        for stage in self.stages:
+            default = stage.get(self.default)
+            places |= {plan: t.seconds / (default.seconds if default else 1.0) for plan, t in stage.items()}
+        return places
 
     def _new_race(
         self, rig: Rig, plans: list[AnyPlan], stage: str, keep: Iterable[AnyPlan | None], rounds: int
@@ -219,7 +226,7 @@ class Sweep:
         few SMs idle, with the usual L2 policy."""
         best, timing = next(iter(standings.items()))
         ties = [plan for plan, t in standings.items() if t.seconds - timing.seconds <= t.spread + timing.spread]
-        full = self._fullest(ties) or best
+        full = self._first_full(ties) or best
         best = next(plan for plan in (self.incumbent, usual(full), full) if plan in ties)
         timing = standings[best]
         default = standings.get(self.default)
@@ -229,7 +236,7 @@ class Sweep:
             return winner
         return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
 
-    def _fullest(self, plans: Iterable[AnyPlan]) -> AnyPlan | None:
+    def _first_full(self, plans: Iterable[AnyPlan]) -> AnyPlan | None:
         """The first with tiles for most SMs of a GPU: in a graph CTAs come where SMs fall free, few spread badly."""
         least = FULL * self.task.num_sms
         full = (p for p in plans if isinstance(p, Plan) and space.busy_sms(p, self.task) >= least)
