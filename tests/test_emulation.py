@@ -60,7 +60,7 @@ def test_what_is_loaded(sources: Path, tmp_path: Path, plan: Plan, role: str) ->
     check(sources, tmp_path, plan, native.DENSE, role)
 
 
-@pytest.mark.parametrize("plan", [plan for plan in PLANS if not plan.swap_ab], ids=str)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_what_consumers_wait_for(sources: Path, tmp_path: Path, plan: Plan) -> None:
     check(sources, tmp_path, plan, native.DENSE, "consumers")
 

@@ -45,7 +45,8 @@ int main() {
         for (int consumer = 0; consumer < kConsumers; ++consumer) {
             waits.clear(), arrivals.clear(), remote_arrivals.clear();
             threadIdx.x = consumer * 128;
-            multiply(p, s, 0, last, consumer);
+            if constexpr (kSwapAB) multiply_swapped(p, s, 0, last);
+            else multiply(p, s, 0, last, consumer);
             check(s, consumer, tiles, last / kDepth);
         }
     }
