@@ -27,7 +27,7 @@ struct Map {                                     // what a tensor map of ours sa
     const void* address;
     uint64_t dims[4], strides[3];
     uint32_t box[4];
-    uint8_t rank, type, swizzle;
+    uint8_t rank, type, swizzle, promotion;
 };
 static_assert(sizeof(Map) <= sizeof(fp8gemm::TensorMap), "fits in a CUtensorMap");
 
@@ -95,8 +95,9 @@ CALL(cuOccupancyMaxActiveClusters, int* clusters, const Function*, const fp8gemm
     return 0;
 }
 CALL(cuTensorMapEncodeTiled, void* map, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
-     const uint32_t* box, const uint32_t*, int, int swizzle, int, int) {
-    Map said{address, {}, {}, {}, static_cast<uint8_t>(rank), static_cast<uint8_t>(type), static_cast<uint8_t>(swizzle)};
+     const uint32_t* box, const uint32_t*, int, int swizzle, int promotion, int) {
+    Map said{address, {}, {}, {}, static_cast<uint8_t>(rank), static_cast<uint8_t>(type), static_cast<uint8_t>(swizzle),
+             static_cast<uint8_t>(promotion)};
     memcpy(said.dims, dims, rank * sizeof *dims), memcpy(said.box, box, rank * sizeof *box);
     memcpy(said.strides, strides, (rank - 1) * sizeof *strides);
     memcpy(map, &said, sizeof said);
@@ -168,7 +169,7 @@ CALL(stub_launch, long i, char* text, size_t size) {
         list(m.strides, m.rank ? m.rank - 1 : 0);
         to += sprintf(to, "], [");
         list(m.box, m.rank);
-        sprintf(to, "], %d, %d]", m.type, m.swizzle);
+        sprintf(to, "], %d, %d, %d]", m.type, m.swizzle, m.promotion);
     }
     return snprintf(text, size,
                     "{\"grid\": [%u, %u, %u], \"block\": %u, \"shared\": %u, \"cluster\": %u, \"stream\": %llu,"

@@ -132,11 +132,11 @@ def test_a_dense_launch() -> None:
     assert found["sizes"] == [4000, 4224, 1040, 1]
     assert (found["raster"], found["policy"]) == (plan.raster, L2_POLICIES[plan.b_policy])
     assert (found["d_by_tma"], found["sa_by_bulk"]) == (1, 1)
-    swizzle_128 = 3
-    assert found["a"][:3] == [a.address, [1040, 4000, 1], [1040, 1040]]
-    assert found["a"][3] == [128, plan.tile_m // plan.cluster_n, 1]
-    assert found["b"][:4] == [b.address, [1040, 4224, 1], [1040, 1040], [128, plan.tile_n // plan.cluster_m, 1]]
-    assert found["a"][5] == found["b"][5] == swizzle_128
+    swizzle_128, l2_asks_for_128 = 3, 2
+    assert found["a"][:3] == [a.address, [1040, 4000, 1, 1], [1040] * 3]
+    assert found["a"][3] == [128, plan.tile_m // plan.cluster_n, 1, 1]
+    assert found["b"][:4] == [b.address, [1040, 4224, 1, 1], [1040] * 3, [128, plan.tile_n // plan.cluster_m, 1, 1]]
+    assert found["a"][5:] == found["b"][5:] == [swizzle_128, l2_asks_for_128]
     rows, panels = 64 * plan.waves, plan.tile_n // 64
     assert found["d"][:4] == [d.address, [64, 4000, 66, 1], [8448, 128, 8448], [64, rows, panels, 1]]
 

@@ -26,28 +26,27 @@ constexpr int kLeastShared = 116 << 10;
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// What a tensor map shows of a matrix or a stack of them, and in which boxes: swizzled if their rows are 128 or 64 bytes.
+// What a tensor map shows of a matrix or a stack of them, in four dimensions: columns, rows, blocks of columns (one of all
+// columns or, blocked, as wide as the box), stack. And in which boxes: swizzled if their rows are 128 or 64 bytes.
 struct Box {
     int columns, rows;
-    bool deep = false, blocked = false;          // deep: a third dimension for blocks of columns, one or (blocked) all
+    bool blocked = false;
     int blocks = 1;
 };
 
 int encode_map(const Driver& cu, const fp8gemm_tensor& t, const Box& b, const char* name, TensorMap* map) {
-    enum { kUint8 = 0, kUint16 = 1, kNoSwizzle = 0, kSwizzle64 = 2, kSwizzle128 = 3, kPromote256 = 3 };
+    // L2 asks memory for 128 bytes at a time. With 256 a stream of weights takes 4 to 8% longer (native/README.md).
+    enum { kUint8 = 0, kUint16 = 1, kNoSwizzle = 0, kSwizzle64 = 2, kSwizzle128 = 3, kPromote128 = 2 };
     const int row = t.ndim - 2, size = t.dtype_bits / 8, bytes = b.columns * size;
     const int swizzle = bytes == 128 ? kSwizzle128 : bytes == 64 ? kSwizzle64 : kNoSwizzle;
     const uint64_t columns = t.shape[row + 1], rows = t.shape[row], row_bytes = t.stride[row] * size;
     const uint64_t groups = row ? t.shape[0] : 1, group_bytes = row ? t.stride[0] * size : row_bytes;
-    uint64_t dims[4] = {columns, rows, groups}, strides[3] = {row_bytes, group_bytes};
-    uint32_t box[4] = {static_cast<uint32_t>(b.columns), static_cast<uint32_t>(b.rows), 1}, steps[4] = {1, 1, 1, 1};
-    if (b.deep) {
-        dims[0] = b.blocked ? b.columns : columns, dims[2] = b.blocked ? columns / b.columns : 1, dims[3] = groups;
-        strides[1] = b.blocked ? bytes : row_bytes, strides[2] = group_bytes;
-        box[2] = static_cast<uint32_t>(b.blocks), box[3] = 1;
-    }
-    const CUresult result = cu.cuTensorMapEncodeTiled(map, size == 1 ? kUint8 : kUint16, b.deep ? 4 : 3, t.data, dims, strides,
-                                                      box, steps, 0, swizzle, kPromote256, 0);
+    const uint64_t dims[] = {b.blocked ? b.columns : columns, rows, b.blocked ? columns / b.columns : 1, groups};
+    const uint64_t strides[] = {row_bytes, b.blocked ? bytes : row_bytes, group_bytes};
+    const uint32_t box[] = {static_cast<uint32_t>(b.columns), static_cast<uint32_t>(b.rows), static_cast<uint32_t>(b.blocks), 1};
+    const uint32_t steps[] = {1, 1, 1, 1};
+    const CUresult result = cu.cuTensorMapEncodeTiled(map, size == 1 ? kUint8 : kUint16, 4, t.data, dims, strides, box, steps, 0,
+                                                      swizzle, kPromote128, 0);
     if (!result) return FP8GEMM_OK;
     return fail(FP8GEMM_DRIVER, name, "cuTensorMapEncodeTiled refused (%llu, %llu, %llu) with strides of %llu and %llu bytes "
                 "(CUDA error %d)", static_cast<unsigned long long>(columns), static_cast<unsigned long long>(rows),
@@ -166,15 +165,15 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     params.d_by_tma &= plan->tile_m >= 64 && plan->split == 1;   // else from registers
     // A CTA loads its own part of an operand that its cluster shares: some rows, or some blocks of a deep stage. Rows that
     // TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.
-    Box a{tile_k, std::min(plan->tile_m / (deep ? 1 : plan->cluster_n), round_up(p->m, 8)), deep, params.blocked != 0};
-    Box b{tile_k, plan->tile_n / (deep ? 1 : plan->cluster_m), deep, params.blocked != 0};
+    Box a{tile_k, std::min(plan->tile_m / (deep ? 1 : plan->cluster_n), round_up(p->m, 8)), params.blocked != 0};
+    Box b{tile_k, plan->tile_n / (deep ? 1 : plan->cluster_m), params.blocked != 0};
     if (params.blocked) a.blocks = plan->depth / plan->cluster_n, b.blocks = plan->depth / plan->cluster_m;
     params.a_box_rows = a.rows, params.a_box_blocks = a.blocks, params.b_box_blocks = b.blocks;
     FP8GEMM_TRY(encode_map(*cu, o->a, a, "a", &params.a));
     FP8GEMM_TRY(encode_map(*cu, o->b, b, "b", &params.b));
     const int panel = panel_columns(plan->tile_n), consumers = plan->threads / 128 - 1;
     params.d_blocked = p->n % panel == 0;
-    const Box d{panel, plan->tile_m / consumers, true, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
+    const Box d{panel, plan->tile_m / consumers, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
     if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
     const int columns = ceil_div(p->n, plan->tile_n * plan->cluster_n), rows = ceil_div(p->m, plan->tile_m * plan->cluster_m);
     const bool searches = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED;      // for groups: rows are not known here

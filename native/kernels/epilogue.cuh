@@ -154,8 +154,8 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[k
         named_barrier_sync(1 + consumer, 128);
         if (leader) {
             for (int i = 0; i < kPanels && i * kPanel < columns; i += p.d_blocked ? kPanels : 1)
-                tma_store(p.d, s.d[consumer][i], p.d_blocked ? 0 : tile.column + i * kPanel, row,
-                          p.d_blocked ? tile.column / kPanel : 0, group);
+                tma_store(p.d, s.d[consumer][i], {p.d_blocked ? 0 : tile.column + i * kPanel, row,
+                                                  p.d_blocked ? tile.column / kPanel : 0, group});
             tma_store_commit();
         }
     } else {

@@ -39,15 +39,10 @@ __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
 }
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
-// A box: rows of one block of K or, where K is whole blocks, of several of a deep stage. For both CTAs if shared.
-template <bool kShared>
-__device__ void load_box(void* to, const TensorMap& map, bool blocked, int block, int row, int group, u64* full, u64 policy) {
-    constexpr u16 kAll = 3;
-    const int x = blocked ? 0 : block * kTileK, z = blocked ? block : 0;
-    if constexpr (kDepth == 1 && kShared) tma_load_multicast(to, map, block * kTileK, row, group, full, policy, kAll);
-    else if constexpr (kDepth == 1) tma_load(to, map, block * kTileK, row, group, full, policy);
-    else if constexpr (kShared) tma_load_multicast(to, map, x, row, z, group, full, policy, kAll);
-    else tma_load(to, map, x, row, z, group, full, policy);
+// A box: rows of one block of K or, where K is whole blocks, of several of a deep stage.
+__device__ BoxStart box_at(const GemmParams& p, int block, int row, int group) {
+    const bool blocked = kDepth > 1 && p.blocked;
+    return {blocked ? 0 : block * kTileK, row, blocked ? block : 0, group};
 }
 
 // In a cluster each CTA loads for both half of the operand that both need: of its rows or, in a deep stage, of its blocks.
@@ -60,7 +55,6 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int a_row = kShareA && !kDeep ? rank * kTileM / 2 : 0, b_row = kShareB && !kDeep ? rank * kRowsB : 0;
     const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
     const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
-    const int blocks = blocks_of_k(p);
     bool ready = false, loading = false;
     Ring ring;
     Scheduler tiles(p);
@@ -68,30 +62,36 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
         const int group_a = kKind == kMasked ? tile.group : 0;
         const u32 tile_scale_bytes = scales_by_bulk(p) ? scale_rows(p, tile).bulk * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + scale_rows(p, tile).first + first_block * p.sa_k;
-        if (!ready) wait_for_barriers(), ready = true;           // all before it needs neither them
+        if (!ready) {                                            // all before it needs neither them
+            if (kKind == kDense && p.m <= kFewRows && elect_one())       // B's first stage, into L2
+                for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
+                    tma_prefetch(p.b, box_at(p, first_block + j, tile.column + b_row, 0));
+            __syncwarp();
+            wait_for_barriers(), ready = true;
+        }
         dependency_wait();                                       // nor (dense) what earlier kernels write
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
             if (elect_one()) {
                 u64* full = &stage.full;
-                const u32 scale_bytes = kTurn == kDepth || kb < blocks ? tile_scale_bytes : 0;
+                const u32 scale_bytes = kTurn == kDepth || kb < blocks_of_k(p) ? tile_scale_bytes : 0;
                 u8 *a = stage.a + a_row * kTileK, *b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
                 if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
                 if (kShareB && !tile.alone) {                    // B first: of a decode stage it is most
                     for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
-                        load_box<true>(b + (j * kTileN + b_row) * kTileK, p.b, p.blocked, kb + j, tile.column + b_row,
-                                       tile.group, full, p.b_policy);
+                        tma_load<true>(b + (j * kTileN + b_row) * kTileK, p.b, box_at(p, kb + j, tile.column + b_row, tile.group),
+                                       full, p.b_policy);
                 } else {
                     for (int j = 0; j < kDepth; j += kDeep ? p.b_box_blocks : 1)
                         for (int n = 0; n < kTileN; n += kRowsB)
-                            load_box<false>(b + (j * kTileN + n) * kTileK, p.b, p.blocked, kb + j, tile.column + n,
-                                            tile.group, full, p.b_policy);
+                            tma_load<false>(b + (j * kTileN + n) * kTileK, p.b, box_at(p, kb + j, tile.column + n, tile.group),
+                                            full, p.b_policy);
                 }
                 for (int j = a_block; j < a_block + kBlocksA; j += kDeep ? p.a_box_blocks : 1)
-                    load_box<kShareA>(a + j * p.a_box_rows * kTileK, p.a, p.blocked, kb + j, tile.row + a_row, group_a,
-                                      full, kEvictNormal);
+                    tma_load<kShareA>(a + j * p.a_box_rows * kTileK, p.a, box_at(p, kb + j, tile.row + a_row, group_a), full,
+                                      kEvictNormal);
             }
             __syncwarp();
             if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true;

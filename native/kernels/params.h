@@ -27,7 +27,7 @@ struct GemmParams {
     int blocked;                                 // boxes hold several blocks: of deep stages, where K is whole blocks
     int sa_by_bulk;                              // A's scales have rows fastest, columns 16 bytes aligned
     unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
-    // a, b: (k, row, group); of deep stages (k, row, 1, group), blocked (128, row, k / 128, group).
+    // a, b: (k, row, 1, group), blocked (128, row, k / 128, group).
     // d: (n, row, 1, group), blocked (panel, row, n / panel, group).
     TensorMap a, b, d;
     const float *sa, *sb;

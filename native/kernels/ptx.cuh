@@ -92,40 +92,33 @@ PTX void barrier_wait(u64* barrier, u32 phase) {
 #endif
 }
 
-// ---- TMA: boxes of a tensor of three dimensions, or four -----------------------------------------------------------
+// ---- TMA: boxes of a tensor of four dimensions, by where they begin ------------------------------------------------
 PTX void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory"); }
-PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-                 " [%0], [%1, {%2, %3, %4}], [%5], %6;"
-                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)),
-                    "l"(policy) : "memory");
+struct BoxStart { int x, y, z, w; };
+template <bool kForBoth>                                         // of a pair's CTAs: to the same place, and for their barriers
+PTX void tma_load(void* to, const TensorMap& map, BoxStart at, u64* barrier, u64 policy) {
+    if constexpr (kForBoth)
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                     ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;"
+                     :: "r"(shared_address(to)), "l"(&map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w),
+                        "r"(shared_address(barrier)), "h"(static_cast<u16>(3)), "l"(policy) : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                     " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+                     :: "r"(shared_address(to)), "l"(&map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w),
+                        "r"(shared_address(barrier)), "l"(policy) : "memory");
 }
-PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64 policy) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-                 " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
-                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier)),
-                    "l"(policy) : "memory");
-}
-PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64 policy, u16 ranks) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-                 ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;"
-                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)),
-                    "h"(ranks), "l"(policy) : "memory");
-}
-PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64 policy,
-                            u16 ranks) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-                 ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;"
-                 :: "r"(shared_address(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier)),
-                    "h"(ranks), "l"(policy) : "memory");
+PTX void tma_prefetch(const TensorMap& map, BoxStart at) {       // into L2
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];"
+                 :: "l"(&map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w) : "memory");
 }
 PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {        // contiguous, multiples of 16 bytes
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
-PTX void tma_store(const TensorMap& map, const void* from, int x, int y, int z, int w) {
+PTX void tma_store(const TensorMap& map, const void* from, BoxStart at) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-                 :: "l"(&map), "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+                 :: "l"(&map), "r"(shared_address(from)), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w) : "memory");
 }
 PTX void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 PTX void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

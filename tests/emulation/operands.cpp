@@ -36,9 +36,20 @@ struct Loaded { std::vector<Box> boxes; std::vector<Expect> expects; };
 // Once, before the first load, all barriers must be ready; once, behind it, the others hear of it. With `loads` false there
 // is none, but they wait all the same.
 void check_meetings(bool loads) {
-    const size_t first = loads ? 1 + 1 : 0;                      // a stage begun, and __syncwarp's mark among the copies
-    if (meetings != std::vector<Meeting>{{kShare > 1 ? -1 : kReady, 0}, {kLoading, first}})
+    const size_t ready = 1, first = ready + (loads ? 1 + 1 : 0);         // marks of __syncwarp among the copies, a stage begun
+    if (meetings != std::vector<Meeting>{{kShare > 1 ? -1 : kReady, ready}, {kLoading, first}})
         fail("meets others otherwise", static_cast<int>(meetings.size()), loads);
+}
+
+// For few rows, B's boxes of the first stage are asked for in L2 before anything is waited for; else nothing is.
+void check_prefetches(const GemmParams& p) {
+    std::vector<std::pair<const TensorMap*, BoxStart>> wanted;
+    const size_t end = expects.size() > 1 ? expects[1].boxes : boxes.size();
+    for (size_t i = 0; i < end && p.m <= kFewRows; ++i) {
+        const Box& box = boxes[i];
+        if (box.map == &p.b) wanted.push_back({&p.b, {box.x, box.y, box.z, box.w}});
+    }
+    if (prefetches != wanted) fail("asked for in L2", static_cast<int>(prefetches.size()), static_cast<int>(wanted.size()));
 }
 
 void check_releases(SharedStorage& s) {
@@ -73,9 +84,10 @@ int main() {
                 boxes.clear(), expects.clear(), copies.clear(), meetings.clear(), waits.clear();
                 load_operands(p, s, last, last);                 // a share of K may be empty
                 check_meetings(false);
-                copies.clear(), meetings.clear(), waits.clear();
+                copies.clear(), meetings.clear(), waits.clear(), prefetches.clear();
                 load_operands(p, s, 0, last);
                 check_meetings(true);
+                check_prefetches(p);
                 by[rank_in_cluster] = {boxes, expects};
                 // For each fill, and where a peer arrives here, for the last use of each stage.
                 const size_t all = expects.size() + (kShare > 1 ? kStages : 0);

@@ -114,22 +114,19 @@ PTX bool barrier_test(u64*, u32) { return false; }
 inline std::vector<std::pair<const u64*, u32>> waits;           // barriers and parities
 PTX void barrier_wait(u64* barrier, u32 parity) { waits.push_back({barrier, parity}); }
 PTX void prefetch_map(const TensorMap&) {}
-PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64) {
-    boxes.push_back({nullptr, &map, to, barrier, x, y, 0, z, false});
+struct BoxStart {
+    int x, y, z, w;
+    bool operator==(const BoxStart&) const = default;
+};
+template <bool kForBoth> PTX void tma_load(void* to, const TensorMap& map, BoxStart at, u64* barrier, u64) {
+    boxes.push_back({nullptr, &map, to, barrier, at.x, at.y, at.z, at.w, kForBoth});
 }
-PTX void tma_load(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64) {
-    boxes.push_back({nullptr, &map, to, barrier, x, y, z, w, false});
-}
-PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, u64* barrier, u64, u16) {
-    boxes.push_back({nullptr, &map, to, barrier, x, y, 0, z, true});
-}
-PTX void tma_load_multicast(void* to, const TensorMap& map, int x, int y, int z, int w, u64* barrier, u64, u16) {
-    boxes.push_back({nullptr, &map, to, barrier, x, y, z, w, true});
-}
+inline std::vector<std::pair<const TensorMap*, BoxStart>> prefetches;
+PTX void tma_prefetch(const TensorMap& map, BoxStart at) { prefetches.push_back({&map, at}); }
 PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {
     boxes.push_back({from, nullptr, to, barrier, static_cast<int>(bytes), 0, 0, 0, false});
 }
-template <class... T> PTX void tma_store(T&&...) {}
+PTX void tma_store(const TensorMap&, const void*, BoxStart) {}
 PTX void tma_store_commit() {}
 PTX void tma_store_wait_read() {}
 PTX void tma_store_wait() {}
