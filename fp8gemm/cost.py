@@ -13,12 +13,11 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
                 through L2 a second time
 
 every tile adds its epilogue, every split of K its exchange, and the start takes longer the more is loaded ahead. Waves
-come out by themselves: a CTA's number of tiles is rounded up. Against all that stands the HBM time of A, B and D, of
-whose rate few SMs take in only a part. Units are cycles of the SM, whose rates are the same on every Hopper; SM count
-and HBM rate are the device's. The constants below were fitted on an H200 to 20,731 measured (problem, plan) pairs:
-seven weights, M = 8 .. 8192. There the default was 2.4% slower than the best of these plans in the geometric mean and
-12% at worst (native/README.md). Set later: what D's rows in one piece take, from K = 512, what B costs that is asked
-for again, from 16 x 4096 x 7168, and what an SM takes in from memory.
+come out by themselves: a CTA's number of tiles is rounded up. Against all that stands the HBM time of A, B and D. Units
+are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM rate are the device's. The constants
+below were fitted on an H200 to 20,731 measured (problem, plan) pairs: seven weights, M = 8 .. 8192. There the default
+was 2.4% slower than the best of these plans in the geometric mean and 12% at worst (native/README.md). What D's rows in
+one piece take was set later, from K = 512, and what B costs that is asked for again, from 16 x 4096 x 7168.
 """
 
 import functools
@@ -47,13 +46,12 @@ STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 26.0}  # by gcd(columns, 64): p
 LAUNCH = 5500  # until the first stage has landed, after the last store, and what two events around it add
 BYTE_AHEAD = 0.008  # of a CTA's stages: all SMs' first ones are a queue at the memory, in which scales stand too
 LAUNCH_SHARED, LAUNCH_SPLIT = 1450, 120  # clusters that share operands, that split K
-EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 1390, 13.2  # of the sums of a split K
+EXCHANGE, EXCHANGE_BYTES_PER_CYCLE = 1390, 11.4  # of the sums of a split K
 # Share of the SMs that clusters of this size reach on an H200, by where its SMs are. Where fewer clusters run, a
 # split that needs them all takes twice as long.
 RESIDENT = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91}
 CLOCK_HZ = 1.75e9  # under load; only its ratio to the memory rate matters
-MEMORY_EFFICIENCY = 0.93
-STREAM_BYTES_PER_CYCLE = 21.5  # from memory, an SM, beside its neighbours: 75 CTAs do not use it fully
+MEMORY_EFFICIENCY = 0.89
 AGAIN = 0.05  # of a byte of B's time at the memory, for each further row of tiles that asks for it
 HIDDEN = 0.038  # of what another hides: less of it is still better
 DEFAULT_BANDWIDTH = 3.35e12
@@ -74,9 +72,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     missed = unique / max(tiles * shared_by * k_blocks, 1)
     compute = per_cta * (turns * plan.turn * block_cycles(plan, rows, missed) + epilogue_cycles(plan))
 
-    busy = min(tiles, clusters(plan)) * plan.cluster
-    rate = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
-    bandwidth = min(rate, busy * STREAM_BYTES_PER_CYCLE)
+    bandwidth = (device.memory_bandwidth or DEFAULT_BANDWIDTH) * MEMORY_EFFICIENCY / CLOCK_HZ  # bytes per cycle
     again = max(row_tiles(problem, plan.tile_m) / plan.cluster_m - groups, 0) * problem.n * problem.k
     memory = (unique + AGAIN * again + groups * rows * problem.n * 2) / bandwidth
     ahead = plan.stages * plan.depth * (_loaded_rows(plan, rows) + plan.tile_n) * TILE_K

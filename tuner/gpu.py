@@ -1,8 +1,7 @@
 """Measuring on a Hopper GPU, by the CUDA driver alone: no framework is needed.
 
 Operands are filled on the device, outputs compared there with the reference kernel's. Times are between two events on a
-stream of our own, around a launch, or four where rows are few, after a read of more than L2 holds, which leaves it
-clean, and after other code.
+stream of our own, each launch after a read of more than L2 holds, which leaves it clean, and after other code.
 """
 
 import ctypes
@@ -31,7 +30,6 @@ from .writer import Stamp
 FLUSH_BYTES = 256 << 20  # five times the L2 of a Hopper
 SHARED_FLUSH = 2  # times L2, beside a serving process
 LOADS = 8  # of each kernel, each with a copy of the operands: where code and operands lie moves times by percents
-IN_A_ROW, FEW_ROWS = 4, 128  # launches of a sample of few rows: a model's follow each other, on SMs as they fall free
 FINAL_LOADS = 32  # of a finalist's kernel, others than before: what led by a lucky address then falls back
 RESERVE = 1 << 30  # bytes that operands leave: kernels stay loaded, several times
 BURST = 0.02  # seconds of GEMMs in a row, before as long a rest
@@ -153,7 +151,6 @@ class GpuRig:
         once = 4 * rows * p.n + target.flush_bytes  # the reference, what is read between
         room = target.room(each + once)
         copies = 1 if target.share else max(1, min(LOADS, (room - once) // 2 // max(each, 1)))
-        self._in_a_row = IN_A_ROW if p.m <= FEW_ROWS and copies >= IN_A_ROW else 1  # L2 must hold none of them
         try:
             self._flushed = self._allocate(target.flush_bytes)
             self.gpu.fill(self._flushed, 0, target.flush_bytes // 4, 4)
@@ -227,7 +224,7 @@ class GpuRig:
         self.gpu.wait()
 
     def add(self, plan: AnyPlan, entries: Sequence[native.Entry]) -> None:
-        """A plan, with the loads of its kernel. Each launch takes the next one and the next operands, for all plans."""
+        """A plan, with the loads of its kernel. Each round takes the next one and the next operands, for all plans."""
         copies = self._operands
         self._launches[plan] = [(entry, copies[i % len(copies)]) for i, entry in enumerate(entries)]
 
@@ -271,7 +268,7 @@ class GpuRig:
                 self.add(plan, others)
 
     def times(self, plans: Sequence[AnyPlan], rounds: int) -> list[list[float]]:
-        """The flush before each sample lasts longer than the host needs to issue its launches, so no gap counts.
+        """The flush before each launch lasts longer than the host needs to issue it, so no gap counts.
 
         A GPU that multiplies all the time falls to the clock that its power limit allows within 50 ms. Models do other
         things in between, so it rests here as long as it multiplied: 4096 x 7168 x 16384 on an H200 takes 128 x 128
@@ -283,13 +280,11 @@ class GpuRig:
             if busy > BURST:
                 self._rest(busy)
                 busy = 0.0
-            busy += self._seconds[plans[turn]] * self._in_a_row
+            busy += self._seconds[plans[turn]]
             self.gpu.record(3 * number)
             self._flush()
             self.gpu.record(3 * number + 1)
-            first = (self._round + number // len(plans)) * self._in_a_row
-            for launch in range(first, first + self._in_a_row):
-                self._launch(*self._pair(plans[turn], launch))
+            self._launch(*self._pair(plans[turn], self._round + number // len(plans)))
             self.gpu.record(3 * number + 2)
         self._round += rounds
         self._rest(busy)
@@ -298,7 +293,7 @@ class GpuRig:
             flush = self.gpu.seconds(3 * number, 3 * number + 1)
             self._least_flush = min(self._least_flush, flush)
             if not self.target.share or flush <= DISTURBED * self._least_flush:
-                found[turn].append(self.gpu.seconds(3 * number + 1, 3 * number + 2) / self._in_a_row)
+                found[turn].append(self.gpu.seconds(3 * number + 1, 3 * number + 2))
         return found
 
     def _rest(self, seconds: float) -> None:

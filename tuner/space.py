@@ -78,6 +78,13 @@ def rasters(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     return [plan._replace(raster=raster) for raster in sorted(found - {plan.raster})]
 
 
+def busy_sms(plan: Plan, task: Task) -> int:
+    """How many SMs the plan has tiles for; of groups nobody knows before the launch."""
+    if task.problem.kind != native.DENSE:
+        return plan.num_sms
+    return min(cost.cluster_tiles(task.problem, plan) * plan.cluster, plan.num_sms)
+
+
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     """The third stage: fewer SMs, and either L2 policy on all and on fewer. With tiles to spare the last wave may not
     need them all, and memory needs fewer still.
@@ -94,7 +101,7 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
         waves = ceil_div(tiles, clusters)
         counts.add(ceil_div(tiles, waves) * plan.cluster)  # as many waves, all but the last full
     usable = {n // plan.cluster * plan.cluster for n in counts}
-    ctas = min(tiles * plan.cluster, most) if task.problem.kind == native.DENSE else most  # of groups nobody knows yet
+    ctas = busy_sms(plan._replace(num_sms=most), task)
     fitting = [n for n in sorted(usable) if plan.cluster <= n < most and n <= ctas]
     numbers = fitting if ctas in fitting else sorted({*fitting, plan.num_sms})
     found = [plan._replace(num_sms=n, b_policy=policy) for n in numbers for policy in POLICIES]
