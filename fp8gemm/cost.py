@@ -177,10 +177,15 @@ def raster(problem: Problem, plan: Plan) -> int:
 def default_plan(problem: Problem, device: Device, num_sms: int, batch_invariant: bool = False) -> Plan:
     """The plan with the least predicted time on `num_sms` of the device's SMs; if batch-invariant, of those that sum K
     in ascending order."""
-    candidates = [
-        plan._replace(num_sms=num_sms)
-        for plan in compiled_space(problem.kind, device)
-        if plan.cluster <= num_sms and (plan.reduction == K_ASCENDING or not batch_invariant)
-    ]
+    candidates = _candidates(problem.kind, device, num_sms, batch_invariant)
     best = min(candidates, key=lambda plan: predict(problem, plan, device))
     return best._replace(raster=raster(problem, best))
+
+
+@functools.lru_cache(maxsize=16)
+def _candidates(kind: int, device: Device, num_sms: int, batch_invariant: bool) -> tuple[Plan, ...]:
+    return tuple(
+        plan._replace(num_sms=num_sms)
+        for plan in compiled_space(kind, device)
+        if plan.cluster <= num_sms and (plan.reduction == K_ASCENDING or not batch_invariant)
+    )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fp8gemm import bench, device, planner, store
 from fp8gemm.device import Device
-from fp8gemm.plan import Plan
+from fp8gemm.plan import Kernel, Plan
 
 from . import presets
 from .build import Builder
@@ -37,12 +37,15 @@ def run(names: Sequence[str], where: str | None, say: Callable[[str], None], sto
     gpu = _device(where)
     ms = sorted({planner.bucket(m) for m in range(1, MOST_ROWS + 1)})
     problems = [problem for name in names for problem in presets.preset(name, ms)]
-    plans = [store.plan(p, gpu, gpu.sms) or planner.default_plan(p, gpu, gpu.sms) for p in problems]
-    pairs = zip(plans, problems, strict=True)
-    kernels = list(dict.fromkeys(plan.kernel(p.kind) for plan, p in pairs if isinstance(plan, Plan)))
+    kernels: dict[Kernel, None] = {}
+    missing = 0
     builder = Builder()
     try:
-        missing = builder.submit(kernels)
+        for p in problems:  # the first are compiled while the others' plans are looked for
+            plan = store.plan(p, gpu, gpu.sms) or planner.default_plan(p, gpu, gpu.sms)
+            if isinstance(plan, Plan):
+                kernels[plan.kernel(p.kind)] = None
+                missing += builder.submit([plan.kernel(p.kind)])
         found = builder.results(kernels, stop, lambda done, total: say(f"compiled {done} of {total} kernels"))
     finally:
         builder.close()
