@@ -177,13 +177,14 @@ def raster(problem: Problem, plan: Plan) -> int:
 def default_plan(problem: Problem, device: Device, num_sms: int, batch_invariant: bool = False) -> Plan:
     """The plan with the least predicted time on `num_sms` of the device's SMs; if batch-invariant, of those that sum K
     in ascending order."""
-    candidates = _candidates(problem.kind, device, num_sms, batch_invariant)
-    best = min(candidates, key=lambda plan: predict(problem, plan, device))
+    plans = candidates(problem.kind, device, num_sms, batch_invariant)
+    best = min(plans, key=lambda plan: predict(problem, plan, device))
     return best._replace(raster=raster(problem, best))
 
 
 @functools.lru_cache(maxsize=16)
-def _candidates(kind: int, device: Device, num_sms: int, batch_invariant: bool) -> tuple[Plan, ...]:
+def candidates(kind: int, device: Device, num_sms: int, batch_invariant: bool = False) -> tuple[Plan, ...]:
+    """Every kernel, as a plan on so many SMs; if batch-invariant, those that sum K in ascending order."""
     return tuple(
         plan._replace(num_sms=num_sms)
         for plan in compiled_space(kind, device)

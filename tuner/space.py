@@ -10,7 +10,7 @@ from fp8gemm import cost, native, planner
 from fp8gemm.backends import CpuPlan
 from fp8gemm.device import Device
 from fp8gemm.layout import ceil_div
-from fp8gemm.plan import Plan, compiled_space
+from fp8gemm.plan import Plan
 from fp8gemm.store import AnyPlan, Task
 
 MOST = 130  # kernels that a sweep tries
@@ -43,11 +43,7 @@ def kernels(task: Task, device: Device, most: int | None = MOST) -> list[AnyPlan
 
 def _ranked(task: Task, device: Device, most: int | None) -> Iterator[Plan]:
     problem = task.problem
-    plans = [
-        plan._replace(num_sms=task.num_sms)
-        for plan in compiled_space(problem.kind, device)
-        if plan.cluster <= task.num_sms
-    ]
+    plans = cost.candidates(problem.kind, device, task.num_sms)
     times = {plan: cost.predict(problem, plan, device) for plan in plans if cost.may_split(problem, plan)}
     best = min(times.values())
     for plan in sorted(times, key=times.__getitem__):

@@ -37,21 +37,23 @@ def run(names: Sequence[str], where: str | None, say: Callable[[str], None], sto
     gpu = _device(where)
     ms = sorted({planner.bucket(m) for m in range(1, MOST_ROWS + 1)})
     problems = [problem for name in names for problem in presets.preset(name, ms)]
-    kernels: dict[Kernel, None] = {}
+    kernels: list[Kernel] = []
     missing = 0
     builder = Builder()
     try:
-        for p in problems:  # the first are compiled while the others' plans are looked for
+        # The first are compiled while others' plans are looked for; many rows' kernels, which take longest, not last.
+        for p in sorted(problems, key=lambda p: p.m, reverse=True):
             plan = store.plan(p, gpu, gpu.sms) or planner.default_plan(p, gpu, gpu.sms)
             if isinstance(plan, Plan):
-                kernels[plan.kernel(p.kind)] = None
-                missing += builder.submit([plan.kernel(p.kind)])
+                kernel = plan.kernel(p.kind)
+                kernels.append(kernel)
+                missing += builder.submit([kernel])
         found = builder.results(kernels, stop, lambda done, total: say(f"compiled {done} of {total} kernels"))
     finally:
         builder.close()
     failed = {f"{kernel.function} {dict(kernel.macros)}": why for kernel, why in found.items() if why}
     spent = time.monotonic() - started
-    return Warmed(list(names), gpu.name, len(problems), len(kernels), missing, builder.workers, spent, failed)
+    return Warmed(list(names), gpu.name, len(problems), len(found), missing, builder.workers, spent, failed)
 
 
 def _device(where: str | None) -> Device:

@@ -35,7 +35,7 @@ struct Box {
 };
 
 int encode_map(const Driver& cu, const fp8gemm_tensor& t, const Box& b, const char* name, TensorMap* map) {
-    // L2 asks memory for 128 bytes at a time. With 256 a stream of weights takes 4 to 8% longer (native/README.md).
+    // L2 asks memory for 128 bytes at a time. With 256 a stream of weights takes up to 7% longer (native/README.md).
     enum { kUint8 = 0, kUint16 = 1, kNoSwizzle = 0, kSwizzle64 = 2, kSwizzle128 = 3, kPromote128 = 2 };
     const int row = t.ndim - 2, size = t.dtype_bits / 8, bytes = b.columns * size;
     const int swizzle = bytes == 128 ? kSwizzle128 : bytes == 64 ? kSwizzle64 : kNoSwizzle;

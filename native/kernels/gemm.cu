@@ -39,7 +39,7 @@ __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
 }
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
-// A box: rows of one block of K or, where K is whole blocks, of several of a deep stage.
+// Where a box begins: rows of one block of K or, where K is whole blocks, of several of a deep stage.
 __device__ BoxStart box_at(const GemmParams& p, int block, int row, int group) {
     const bool blocked = kDepth > 1 && p.blocked;
     return {blocked ? 0 : block * kTileK, row, blocked ? block : 0, group};
@@ -63,7 +63,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
         const u32 tile_scale_bytes = scales_by_bulk(p) ? scale_rows(p, tile).bulk * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + scale_rows(p, tile).first + first_block * p.sa_k;
         if (!ready) {                                            // all before it needs neither them
-            if (kKind == kDense && p.m <= kFewRows && elect_one())       // B's first stage, into L2
+            if (kKind == kDense && p.m <= kFewRows && elect_one())       // B's first stage, to L2
                 for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
                     tma_prefetch(p.b, box_at(p, first_block + j, tile.column + b_row, 0));
             __syncwarp();

@@ -33,7 +33,7 @@ constexpr int kSplit = SPLIT;                                    // CTAs of a cl
 constexpr int kShare = kClusterM * kClusterN, kCluster = kShare * kSplit;
 constexpr int kDepth = DEPTH;                                    // blocks of K in a stage
 constexpr bool kSwapAB = SWAP_AB;                                // wgmma's rows are B's (swapped.cuh)
-constexpr int kFewRows = 128;                                    // of A, up to which B is most of what is loaded
+constexpr int kFewRows = 128;                                    // of A, up to which B is asked for ahead: gemm.cu
 
 constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math warpgroups
 constexpr int kWaves = kSwapAB ? (kTileN + 63) / 64              // 64-row blocks of each, one after another
