@@ -17,6 +17,7 @@ MOST = 130  # kernels that a sweep tries
 SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
 HOPELESS = 3.0  # and where it is
 POLICIES = ("evict_normal", "evict_first")  # evict_last gains nothing (native/README.md)
+FEW_ROWS = 128  # up to which only the usual policy is tried
 RASTERS = (0, 0.25, 0.5, 0.75, 1.25, 2, 4)  # times the model's, which knows not what L2 still holds; 1 at least
 CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
 
@@ -85,6 +86,9 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     """The third stage: fewer SMs, and either L2 policy on all and on fewer. With tiles to spare the last wave may not
     need them all, and memory needs fewer still.
 
+    Of few rows only the usual policy: `evict_first` for the weights keeps D in L2 beyond a sample's end, and so leads,
+    but costs a graph of seven weights 0.3 to 2.6% (native/README.md).
+
     Where all tiles are one wave, any number of SMs from its CTAs on is the same launch: of those the least is tried.
     """
     most = task.num_sms
@@ -100,5 +104,6 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     ctas = busy_sms(plan._replace(num_sms=most), task)
     fitting = [n for n in sorted(usable) if plan.cluster <= n < most and n <= ctas]
     numbers = fitting if ctas in fitting else sorted({*fitting, plan.num_sms})
-    found = [plan._replace(num_sms=n, b_policy=policy) for n in numbers for policy in POLICIES]
+    policies = POLICIES[:1] if task.problem.kind == native.DENSE and task.problem.m <= FEW_ROWS else POLICIES
+    found = [plan._replace(num_sms=n, b_policy=policy) for n in numbers for policy in policies]
     return [fewer for fewer in found if fewer != plan and cost.may_split(task.problem, fewer)]
