@@ -87,7 +87,7 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     need them all, and memory needs fewer still.
 
     Of few rows only the usual policy: `evict_first` for the weights keeps D in L2 beyond a sample's end, and so leads,
-    but costs a graph of seven weights 0.3 to 2.6% (native/README.md).
+    but costs a graph of seven weights 0.3 to 2.6% (docs/tuner.md).
 
     Where all tiles are one wave, any number of SMs from its CTAs on is the same launch: of those the least is tried.
     """
