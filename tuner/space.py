@@ -45,7 +45,7 @@ def kernels(task: Task, device: Device, most: int | None = MOST) -> list[AnyPlan
 def _ranked(task: Task, device: Device, most: int | None) -> Iterator[Plan]:
     problem = task.problem
     plans = cost.candidates(problem.kind, device, task.num_sms)
-    times = {plan: cost.predict(problem, plan, device) for plan in plans if cost.may_split(problem, plan)}
+    times = {plan: cost.predict(problem, plan, device) for plan in plans}  # infinite where K must not be split
     best = min(times.values())
     for plan in sorted(times, key=times.__getitem__):
         if times[plan] <= (HOPELESS if most is None else SLOWEST) * best:
