@@ -361,7 +361,7 @@ PTX = """
 #include <ucontext.h>
 #define __device__
 struct Dim { int x; };
-extern Dim threadIdx, blockIdx, gridDim;
+extern Dim threadIdx, blockIdx;
 int exchange(int value, int (*pick)(const int* values, int lane, int argument), int argument);
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -397,7 +397,7 @@ HARNESS = """
 // A warp on the host: 32 contexts that take turns at each exchange.
 #include "scheduler.cuh"
 #include <vector>
-Dim threadIdx, blockIdx, gridDim;
+Dim threadIdx, blockIdx;
 namespace {
 ucontext_t lanes[32], home;
 std::vector<char> stacks(32 << 16);
@@ -433,8 +433,9 @@ int exchange(int value, int (*pick)(const int*, int, int), int argument) {
 extern "C" int quotient(int x, int d) { return fp8gemm::divide(x, fp8gemm::divisor(d)); }
 extern "C" int run(int m, int n, int groups, const int* layout, int raster, int grid, int block, int* to, int most) {
     params.m = m, params.n = n, params.groups = groups, params.layout = layout;
-    set_raster(params, raster, (n + TILE_N * CLUSTER_N - 1) / (TILE_N * CLUSTER_N));
-    gridDim.x = grid, blockIdx.x = block, out = to, capacity = most, count = disagreements = 0;
+    const int height = TILE_M * CLUSTER_M, width = TILE_N * CLUSTER_N;
+    set_tiles(params, (m + height - 1) / height, (n + width - 1) / width, raster, grid / (CLUSTER_M * CLUSTER_N));
+    blockIdx.x = block, out = to, capacity = most, count = disagreements = 0;
     for (int i = 0; i < 32; ++i) {
         turns[i] = 0;
         getcontext(&lanes[i]);

@@ -177,7 +177,6 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
     const int columns = ceil_div(p->n, plan->tile_n * plan->cluster_n), rows = ceil_div(p->m, plan->tile_m * plan->cluster_m);
     const bool searches = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED;      // for groups: rows are not known here
-    set_raster(params, searches ? plan->raster : std::min(plan->raster, rows), columns);
     const int cluster = plan->cluster_m * plan->cluster_n * plan->split;
     const int shared = std::max(plan->shared_bytes, kLeastShared);
     int clusters = plan->num_sms / cluster, resident = clusters;
@@ -185,6 +184,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     clusters = std::min(clusters, resident);
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
+    set_tiles(params, rows, columns, searches ? plan->raster : std::min(plan->raster, rows), clusters);
     const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);
 }

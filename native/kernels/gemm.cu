@@ -25,7 +25,12 @@
 namespace fp8gemm {
 
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
-__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
+__device__ int blocks_of_k(const GemmParams& p) { return (static_cast<u32>(p.k) + kTileK - 1) / kTileK; }
+
+// Where the share of a split's CTA begins, in whole turns.
+__device__ int share_of_k(const GemmParams& p, int part) {
+    return (blocks_of_k(p) + kTurn - 1u) / kTurn * part / kSplit * kTurn;
+}
 
 __device__ bool scales_by_bulk(const GemmParams& p) { return kBulkScales && p.sa_by_bulk; }
 
@@ -314,24 +319,22 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
-extern "C" __global__ void SPLIT_CLUSTER __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __grid_constant__ GemmParams p) {
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(kThreads, 1) fp8gemm_gemm(const __grid_constant__ GemmParams p) {
     extern __shared__ __align__(1024) u8 shared[];
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
-
-    // This CTA's share of K, in whole turns.
-    const int rank = kSplit > 1 ? cluster_rank() : 0, turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
-    const int first = turns * rank / kSplit * kTurn, last = turns * (rank + 1) / kSplit * kTurn;
-
-    if (warp != kLoader) set_up_barriers(s, warp, 1 + scale_arrivals(p));
-    else if (elect_one()) prefetch_map(p.a), prefetch_map(p.b);
-    __syncwarp();
-    if (kCluster > 1) cluster_arrive();
+    const int part = kSplit > 1 ? cluster_rank() : 0;            // of K
     if (kConsumers > 1 && warpgroup == kConsumers) registers_decrease<kProducerRegisters>();
-    if (kKind != kDense) dependency_wait();      // group sizes come from memory; nothing above has read it
-    if (warp == kLoader) {                       // first: it need not wait for constants that the others read
-        load_operands(p, s, first, last);
-    } else if (warpgroup < kConsumers) {
+    if (laid_first(warp == kLoader)) {           // code in one piece, and short, up to the first load: each line is fetched
+        if (elect_one()) prefetch_map(p.a), prefetch_map(p.b);
+        announce_barriers();
+        load_operands(p, s, share_of_k(p, part), share_of_k(p, part + 1));
+        return;
+    }
+    set_up_barriers(s, warp, 1 + scale_arrivals(p));
+    announce_barriers();
+    const int first = share_of_k(p, part), last = share_of_k(p, part + 1);
+    if (warpgroup < kConsumers) {
         wait_for_barriers();
         dependents_launch();
         if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();

@@ -19,13 +19,14 @@ struct Divisor {
 // A line of 64 bytes that a warp reads of these for the first time costs it 100 to 250 cycles: what the first load needs
 // is one line, what the first scales need another.
 struct GemmParams {
-    int m, n, k, groups;                         // m: rows of one group for masked, of all of A otherwise
+    int m, k;                                    // m: rows of one group for masked, of all of A otherwise
+    int columns, tiles, clusters;                // cluster tiles along N; of all of D (not ragged, masked); who walks over them
     int raster;                                  // rows of cluster tiles walked together before the next column band
-    Divisor by_raster, by_band;                  // by_band: by the cluster tiles of such a band
-    int a_box_rows;                              // of A that a CTA loads: fewer than a tile where A is shorter
-    int a_box_blocks, b_box_blocks;              // blocks of K in a box of A, of B
-    int blocked;                                 // boxes hold several blocks: of deep stages, where K is whole blocks
-    int sa_by_bulk;                              // A's scales have rows fastest, columns 16 bytes aligned
+    Divisor by_raster, by_last, by_band;         // by_last: by the rows of the last band; by_band: by the tiles of a whole one
+    unsigned short a_box_rows;                   // of A that a CTA loads: fewer than a tile where A is shorter
+    unsigned char a_box_blocks, b_box_blocks;    // blocks of K in a box of A, of B
+    unsigned char blocked;                       // boxes hold several blocks: of deep stages, where K is whole blocks
+    unsigned char sa_by_bulk;                    // A's scales have rows fastest, columns 16 bytes aligned
     unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
     // a, b: (k, row, 1, group), blocked (128, row, k / 128, group).
     // d: (n, row, 1, group), blocked (panel, row, n / panel, group).
@@ -36,6 +37,7 @@ struct GemmParams {
     long long d_row, d_group;
     int d_by_tma;                                // D goes by TMA: base, strides and N suit it, and so does the plan
     int d_blocked;                               // a box of D holds all panels of a tile: N is whole panels
+    int n, groups;
     const int* layout;                           // m_indices, group_ends or masked_m, on the device; null if dense
     const unsigned char *a_data, *b_data;        // e4m3; the GEMM kernel reads them by the maps
     long long a_row, a_group, b_row, b_group;
@@ -47,11 +49,14 @@ inline Divisor divisor(unsigned d) {
     return {static_cast<unsigned>(((1ull << (31 + bits)) + d - 1) / d), 31 + bits};
 }
 
-// `columns`: cluster tiles along N. Bands of more tiles than can be numbered are one band.
-inline void set_raster(GemmParams& p, int raster, int columns) {
+// Cluster tiles in rows and columns (ragged and masked rows are not known here), and how many clusters walk over them. Bands
+// of more tiles than can be numbered are one band.
+inline void set_tiles(GemmParams& p, int rows, int columns, int raster, int clusters) {
     raster = raster > 1 ? raster : 1;
-    const long long band = 1ll * raster * columns;
-    p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(band < 0x7FFFFFFF ? band : 0x7FFFFFFF);
+    const long long band = 1ll * raster * columns, most = 0x7FFFFFFF;
+    p.columns = columns, p.tiles = rows * columns, p.clusters = clusters;
+    p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(band < most ? band : most);
+    p.by_last = divisor(rows % raster ? rows % raster : raster);
 }
 
 // Columns of D that lie together in shared memory, a panel: 64 or 32, swizzled, or where these don't fit all of a tile's. Its

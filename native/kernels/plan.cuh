@@ -14,12 +14,11 @@
 #define KIND 0
 #endif
 
-// Where the compiler knows the size of a cluster, its CTAs need not read it: 0.7% of the time of a split at few rows. Clusters that
-// share operands gain nothing by it.
-#if SPLIT > 1
-#define SPLIT_CLUSTER __cluster_dims__(SPLIT, 1, 1)
+// Where the compiler knows the size of a cluster, its CTAs need not read it: 0.7% of the time of a split at few rows.
+#if CLUSTER_M * CLUSTER_N * SPLIT > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER_M * CLUSTER_N * SPLIT, 1, 1)
 #else
-#define SPLIT_CLUSTER
+#define IN_CLUSTERS
 #endif
 
 namespace fp8gemm {

@@ -30,6 +30,12 @@ PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" :
 // two wgmmas. Whole warps.
 PTX u32 keep(u32 value) { return __shfl_sync(0xffffffff, value, threadIdx.x % 32); }
 PTX u32 keep_uniform(u32 value) { return __shfl_sync(0xffffffff, value, 0); }    // the same in all lanes
+// The value itself. A branch on it has the code for `true` right behind it; of `x == y` the assembler puts that last.
+PTX bool laid_first(bool condition) {
+    u32 value = condition;
+    asm volatile("" : "+r"(value));
+    return value;
+}
 PTX void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }

@@ -24,7 +24,7 @@ class Scheduler {
 public:
     // Whole warps construct and call: the search for the group uses all 32 lanes.
     __device__ Scheduler(const GemmParams& params)
-        : p(params), index(blockIdx.x / kCluster), columns(ceil_div(p.n, kTileN * kClusterN)) {
+        : p(params), index(blockIdx.x / kCluster) {
         if constexpr (kSearches) row_tiles = count_row_tiles();
         if constexpr (kKind == kContiguous) look_ahead();
     }
@@ -36,7 +36,7 @@ public:
             } while (!take_segment(tile));
         } else {
             const int rows = kSearches ? row_tiles * kTileM : p.m;
-            if (index >= ceil_div(rows, kRows) * columns) return false;
+            if (index >= (kSearches ? ceil_div(rows, kRows) * p.columns : p.tiles)) return false;
             place(tile, rows);
             tile.group = tile.alone = 0;
             if constexpr (kSearches) find_group(tile);
@@ -50,7 +50,6 @@ private:
 
     const GemmParams& p;
     int index;                                   // of the next cluster tile
-    const int columns;                           // cluster tiles along N
     int row_tiles = 0;                           // along M, of all groups
     // A window of 32 groups, one a lane: first row, rows, and the tiles along M up to the group's last.
     int window = -32, lane_start = 0, lane_rows = 0, lane_end = 0;
@@ -62,12 +61,14 @@ private:
         const int rank = kCluster > 1 ? cluster_rank() : 0;
         int m = 0, n = index;
         if (rows > kRows) {                      // one row of tiles starts sooner without the divisions
-            const int band = divide(index, p.by_band), first = band * p.raster, in_band = index - first * columns;
+            const int band = divide(index, p.by_band), first = band * p.raster, in_band = index - first * p.columns;
             const int height = min(p.raster, ceil_div(rows, kRows) - first);
-            n = height == p.raster ? divide(in_band, p.by_raster) : u32(in_band) / u32(height);
+            n = height == p.raster ? divide(in_band, p.by_raster)
+                : kSearches        ? u32(in_band) / u32(height)
+                                   : divide(in_band, p.by_last);
             m = first + in_band - n * height;
         }
-        index += gridDim.x / kCluster;
+        index += p.clusters;
         m = m * kClusterM + (kClusterM > 1 ? rank : 0), n = n * kClusterN + (kClusterN > 1 ? rank : 0);
         tile.row = m * kTileM;
         tile.rows = rows - m * kTileM;
@@ -84,7 +85,7 @@ private:
     } ahead;
 
     __device__ void look_ahead() {
-        ahead.exists = index < ceil_div(p.m, kRows) * columns;
+        ahead.exists = index < p.tiles;
         if (!ahead.exists) return;
         place(ahead.tile, p.m);
         const int row = ahead.tile.row;

@@ -43,6 +43,13 @@ __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
 // one before it, for each block of K.
 constexpr int kReady = 0, kLoading = 4, kTensorCore = 5;
 
+// By every warp, once it has done its part of them.
+__device__ void announce_barriers() {
+    __syncwarp();
+    if (kCluster > 1) cluster_arrive();
+    if (kKind != kDense) dependency_wait();      // group sizes come from memory; nothing before has read it
+}
+
 // Until all barriers are set up, and those of CTAs that share stages. (Peers that split K meet at their sums.)
 __device__ void wait_for_barriers() {
     if constexpr (kShare > 1) cluster_wait();

@@ -33,8 +33,8 @@ int main() {
         GemmParams p{};
         p.m = 4 * kTileM, p.n = 8 * kTileN, p.k = k, p.groups = 1, p.a_box_rows = kTileM;
         p.d_data = &d[0][0], p.d_row = 8 * kTileN;
-        set_raster(p, 2);
-        gridDim.x = 3 * kCluster, blockIdx.x = 0;
+        set_tiles(p, 2, 3);
+        blockIdx.x = 0;
         const int last = (blocks_of_k(p) + kTurn - 1) / kTurn * kTurn;
         size_t tiles = 0;
         Scheduler scheduler(p);

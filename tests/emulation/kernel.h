@@ -11,8 +11,9 @@ using namespace fp8gemm;
 
 static_assert(kTurn == TURN && kThreads == THREADS, "fp8gemm/plan.py and plan.cuh disagree");
 
-inline void set_raster(GemmParams& p, int raster) {              // of p.n columns
-    set_raster(p, raster, (p.n + kTileN * kClusterN - 1) / (kTileN * kClusterN));
+inline void set_tiles(GemmParams& p, int raster, int clusters) {         // of p.m rows and p.n columns
+    auto count = [](int size, int tile) { return (size + tile - 1) / tile; };
+    set_tiles(p, count(p.m, kTileM * kClusterM), count(p.n, kTileN * kClusterN), raster, clusters);
 }
 
 [[noreturn]] inline void fail(const char* what, int at, int x) {

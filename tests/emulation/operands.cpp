@@ -10,7 +10,7 @@ GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.
     const bool deep = kDepth > 1;
     GemmParams p{};
     p.m = m, p.n = n, p.k = k, p.groups = 1, p.sa_by_bulk = bulk, p.sa_k = 1000;
-    set_raster(p, 2);
+    set_tiles(p, 2, 2);
     p.blocked = deep && k % kTileK == 0;
     p.a_box_rows = min(kTileM / (deep ? 1 : kClusterN), (m + 7) / 8 * 8);
     p.a_box_blocks = p.blocked ? kDepth / kClusterN : 1, p.b_box_blocks = p.blocked ? kDepth / kClusterM : 1;
@@ -78,7 +78,7 @@ int main() {
             const int blocks = blocks_of_k(p), turns = (blocks + kTurn - 1) / kTurn, last = turns * kTurn;
             const int a_rows = kDepth > 1 ? p.a_box_rows : kTileM;       // from one block to the next
             const int b_box_rows = kDepth > 1 ? kTileN : kTileN / kClusterM;
-            gridDim.x = 2 * kCluster, blockIdx.x = 0;
+            blockIdx.x = 0;
             Loaded by[kShare];
             for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
                 boxes.clear(), expects.clear(), copies.clear(), meetings.clear(), waits.clear();

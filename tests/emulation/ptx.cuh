@@ -17,7 +17,7 @@
 #define PTX inline
 
 struct Index { int x; };
-inline Index threadIdx, blockIdx, gridDim;
+inline Index threadIdx, blockIdx;
 struct float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::max;
@@ -72,6 +72,7 @@ PTX void store_float(float* to, float v) {
 PTX float load_shared(u32, int) { return 0; }
 PTX void copy_async_4(void* to, const void* from, bool valid) { copies.push_back({to, from, valid}); }
 PTX void copy_async_arrive(u64* barrier) { copies.push_back({nullptr, barrier, false}); }
+PTX bool laid_first(bool condition) { return condition; }
 PTX u32 keep(u32 value) { return value; }
 PTX u32 keep_uniform(u32 value) { return value; }
 PTX u32 shared_address(const void*) { return 0; }

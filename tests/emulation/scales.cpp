@@ -45,12 +45,11 @@ int main() {
             if (bulk && !kBulkScales) continue;
             GemmParams p{};
             p.m = size[0], p.n = size[1], p.k = size[2], p.groups = 1, p.sa_by_bulk = bulk;
-            set_raster(p, 2);
+            set_tiles(p, 2, 2);
             p.sa = scales, p.sb = scales + (1 << 20);
             p.sa_row = layout ? 1 : 1000, p.sa_k = layout ? 1000 : 3, p.sb_row = 77, p.sb_k = 2;
             const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn, last = turns * kTurn, stages = last / kDepth;
-            gridDim.x = 2 * kCluster;
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += kCluster) {
+            for (blockIdx.x = 0; blockIdx.x < p.clusters * kCluster; blockIdx.x += kCluster) {
                 const int threads = bulk ? 32 : kScaleThreads;
                 std::vector<std::vector<Copy>> of_thread;
                 arrivals.clear();
