@@ -251,6 +251,8 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             assert {"UTMALDG", "SYNCS"} <= set(found)
             assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
+            assert sass.index("UTMALDG") < sass.index("QGMMA"), f"{kernel}: the way to the first load is not laid first"
+            assert not any(re.search(r"\bLDC\b", line) for line in wgmma_loop(sass, p)), f"{kernel} waits for constants"
             moved = [line for line in wgmma_loop(sass, p) if "R2UR" in line]
             # Of some kernels the ring's phase, once a turn, which no wgmma reads.
             assert len(moved) <= turns(p)[1], f"{kernel} moves its descriptors to uniform registers"

@@ -94,7 +94,7 @@ struct Unpromoted {
 // the way: its FMAs run while shared memory is written.
 __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], float (&sum)[kTileN / 2], int first,
                            const Unpromoted& rest, bool has_rest) {
-    const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     // 16 x 16 a warp and step: lane l addresses row l % 16, columns l / 16 * 8 ... Of a swizzled panel a step's columns set bits
     // that are 0 here and that the swizzle does not read: XOR takes the place of swizzling each anew.
     const u32 at = panel_offset(first + warp * 16 + lane % 16, lane / 16 * 8);
@@ -112,7 +112,7 @@ __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], float (&sum)[kTil
 // Straight from registers: what TMA can't store (strides off 16 bytes; N off 8; a group's tail, below which another group's rows
 // begin), and what has no way through shared memory: parts of a split K, tiles of 32 rows.
 __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], u16* d, int rows, int columns) {
-    const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
     for (int half = 0; half < 2; ++half) {
         const int row = warp * 16 + half * 8 + lane / 4;

@@ -25,7 +25,7 @@
 namespace fp8gemm {
 
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
-__device__ int blocks_of_k(const GemmParams& p) { return (static_cast<u32>(p.k) + kTileK - 1) / kTileK; }
+__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
 
 // Where the share of a split's CTA begins, in whole turns.
 __device__ int share_of_k(const GemmParams& p, int part) {

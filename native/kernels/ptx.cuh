@@ -19,8 +19,6 @@ PTX bool elect_one() {                           // true in one lane of a conver
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
     return elected;
 }
-// threadIdx.x, read anew. What an epilogue makes of it is then not kept in registers through the loop before.
-PTX u32 thread_index() { u32 r; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r)); return r; }
 PTX u32 cluster_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 PTX void cluster_arrive() {                      // after fence_barrier_init: nothing else needs to be made visible
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

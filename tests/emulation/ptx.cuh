@@ -83,7 +83,6 @@ PTX u32 remote_address(const void* p, u32 rank) {
     return rank << 24 | static_cast<u32>(static_cast<const u8*>(p) - static_cast<const u8*>(shared_begin));
 }
 PTX bool elect_one() { return true; }
-PTX u32 thread_index() { return threadIdx.x; }
 PTX u32 cluster_rank() { return rank_in_cluster; }
 PTX void cluster_arrive() {}
 // Where the warps of a CTA meet: which named barrier (-1: the cluster's), and how many stages and copies were begun before.
