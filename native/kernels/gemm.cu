@@ -324,7 +324,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(kThreads, 1) fp8gemm_ge
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
     const int part = kSplit > 1 ? cluster_rank() : 0;            // of K
-    if (kConsumers > 1 && warpgroup == kConsumers) registers_decrease<kProducerRegisters>();
+    if (kMoveRegisters && warpgroup == kConsumers) registers_decrease<kProducerRegisters>();
     if (laid_first(warp == kLoader)) {           // code in one piece, and short, up to the first load: each line is fetched
         if (elect_one()) prefetch_map(p.a), prefetch_map(p.b);
         announce_barriers();
@@ -337,7 +337,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(kThreads, 1) fp8gemm_ge
     if (warpgroup < kConsumers) {
         wait_for_barriers();
         dependents_launch();
-        if constexpr (kConsumers > 1) registers_increase<kConsumerRegisters>();
+        if constexpr (kMoveRegisters) registers_increase<kConsumerRegisters>();
         wait_for_first_load();
         if constexpr (kSwapAB) multiply_swapped(p, s, first, last);
         else multiply(p, s, first, last, warpgroup);

@@ -54,6 +54,9 @@ constexpr bool kFirstApart = !kSwapAB && kDepth == 1 && kSplit == 1;
 constexpr bool kTwiceUnrolled = kFirstApart && !kTwoPartials;
 // Whether consumers issue an item's wgmmas one after another. Three do, for 1.1% less time in the mean; two would gain nothing.
 constexpr bool kInTurn = kConsumers == 3;
+// Whether consumers take registers over from the producer. Where sums are few all do with equal shares, and the loading warp, which
+// would give some up first, is at its first load 230 cycles sooner.
+constexpr bool kMoveRegisters = kConsumers > 1 && !(kTwoPartials && kTileN * (kWaves + 2) <= 256);
 // Registers of a thread, 504 for two consumers and the producer together. Tiles of deep stages have few sums, but many
 // scales to copy.
 constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kDepth > 1 ? 224 : 232;
