@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cinttypes>
+#include <cstddef>
 #include <new>
 
 #include "../kernels/params.h"
@@ -55,6 +56,8 @@ int encode_map(const Driver& cu, const fp8gemm_tensor& t, const Box& b, const ch
 }
 
 // Everything but the maps and the plan.
+static_assert(offsetof(GemmParams, a) == 64, "what the first load needs is one line");
+
 GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
     GemmParams out{};
     auto row = [](const fp8gemm_tensor& t) { return t.stride[t.ndim - 2]; };

@@ -26,11 +26,8 @@ namespace fp8gemm {
 
 // Blocks of K. Turns are whole: what lies behind K counts as zeros.
 __device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
-
 // Where the share of a split's CTA begins, in whole turns.
-__device__ int share_of_k(const GemmParams& p, int part) {
-    return (blocks_of_k(p) + kTurn - 1u) / kTurn * part / kSplit * kTurn;
-}
+__device__ int share_of_k(const GemmParams& p, int part) { return (blocks_of_k(p) + kTurn - 1u) / kTurn * part / kSplit * kTurn; }
 
 __device__ bool scales_by_bulk(const GemmParams& p) { return kBulkScales && p.sa_by_bulk; }
 
@@ -325,11 +322,10 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(kThreads, 1) fp8gemm_ge
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
     const int part = kSplit > 1 ? cluster_rank() : 0;            // of K
     if (kMoveRegisters && warpgroup == kConsumers) registers_decrease<kProducerRegisters>();
-    if (laid_first(warp == kLoader)) {           // code in one piece, and short, up to the first load: each line is fetched
+    if (laid_first(warp == kLoader)) {           // all code up to the first load in one piece: it comes from memory
         if (elect_one()) prefetch_map(p.a), prefetch_map(p.b);
         announce_barriers();
-        load_operands(p, s, share_of_k(p, part), share_of_k(p, part + 1));
-        return;
+        return load_operands(p, s, share_of_k(p, part), share_of_k(p, part + 1));
     }
     set_up_barriers(s, warp, 1 + scale_arrivals(p));
     announce_barriers();

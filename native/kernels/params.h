@@ -49,13 +49,13 @@ inline Divisor divisor(unsigned d) {
     return {static_cast<unsigned>(((1ull << (31 + bits)) + d - 1) / d), 31 + bits};
 }
 
-// Cluster tiles in rows and columns (ragged and masked rows are not known here), and how many clusters walk over them. Bands
-// of more tiles than can be numbered are one band.
+// Cluster tiles in rows and columns (ragged and masked rows are not known here), and how many clusters walk over them. More
+// than can be numbered are one band.
 inline void set_tiles(GemmParams& p, int rows, int columns, int raster, int clusters) {
+    auto number = [](long long tiles) { return static_cast<int>(tiles < 0x7FFFFFFF ? tiles : 0x7FFFFFFF); };
     raster = raster > 1 ? raster : 1;
-    const long long band = 1ll * raster * columns, most = 0x7FFFFFFF;
-    p.columns = columns, p.tiles = rows * columns, p.clusters = clusters;
-    p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(band < most ? band : most);
+    p.columns = columns, p.tiles = number(1ll * rows * columns), p.clusters = clusters;
+    p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(number(1ll * raster * columns));
     p.by_last = divisor(rows % raster ? rows % raster : raster);
 }
 
