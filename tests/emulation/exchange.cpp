@@ -1,6 +1,6 @@
 // Runs the exchange of a split's sums as each thread of each CTA: what is sent lands where the receiver looks for it, once, in as
 // many bytes as its barrier expects (fewer would hang), all columns of a tile are added up, in the order of K, and a next tile's
-// sums are let in by as many arrivals as its barrier waits for.
+// sums are let in by as many arrivals as its barrier waits for. Before, that the parts are all of K, and equal.
 #include <cstddef>
 
 #include "kernel.h"
@@ -64,9 +64,24 @@ void check_rounds() {
     }
 }
 
+// The parts are all of K in whole turns, as equal as that allows.
+void check_shares() {
+    GemmParams p{};
+    for (p.k = 16; p.k < 90 * kTileK; p.k += 16) {
+        const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn;
+        if (share_of_k(p, 0) != 0 || share_of_k(p, kSplit) != turns * kTurn) fail("not all of K", p.k, share_of_k(p, kSplit));
+        for (int part = 0; part < kSplit; ++part) {
+            const int blocks = share_of_k(p, part + 1) - share_of_k(p, part);
+            const bool equal = blocks == turns / kSplit * kTurn || blocks == (turns / kSplit + 1) * kTurn;
+            if (!equal) fail("a share of K", p.k, blocks);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
+    check_shares();
     check_rounds();
     if (columns_before(0) != 0 || columns_before(kSplit) != kTileN) fail("not all columns", columns_before(kSplit), kTileN);
     for (SharedStorage& s : storage) std::fill_n(&s.parts[0][0][0].x, sizeof s.parts / sizeof(float), 0.0f / 0.0f);
