@@ -55,9 +55,9 @@ int encode_map(const Driver& cu, const fp8gemm_tensor& t, const Box& b, const ch
                 static_cast<unsigned long long>(group_bytes), result);
 }
 
-// Everything but the maps and the plan.
 static_assert(offsetof(GemmParams, a) == 64, "what the first load needs is one line");
 
+// Everything but the maps and the plan.
 GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
     GemmParams out{};
     auto row = [](const fp8gemm_tensor& t) { return t.stride[t.ndim - 2]; };

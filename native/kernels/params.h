@@ -56,7 +56,7 @@ inline void set_tiles(GemmParams& p, int rows, int columns, int raster, int clus
     raster = raster > 1 ? raster : 1;
     p.columns = columns, p.tiles = number(1ll * rows * columns), p.clusters = clusters;
     p.raster = raster, p.by_raster = divisor(raster), p.by_band = divisor(number(1ll * raster * columns));
-    p.by_last = divisor(rows % raster ? rows % raster : raster);
+    p.by_last = rows % raster ? divisor(rows % raster) : p.by_raster;
 }
 
 // Columns of D that lie together in shared memory, a panel: 64 or 32, swizzled, or where these don't fit all of a tile's. Its

@@ -43,7 +43,7 @@ __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
 // one before it, for each block of K.
 constexpr int kReady = 0, kLoading = 4, kTensorCore = 5;
 
-// By every warp, once it has done its part of them.
+// By every warp, once it has done its part of them. Of groups, it then waits for earlier kernels.
 __device__ void announce_barriers() {
     __syncwarp();
     if (kCluster > 1) cluster_arrive();
