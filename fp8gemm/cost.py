@@ -42,6 +42,7 @@ STAGE_ISSUE = 1.0
 TMA_ISSUE = 93.0
 EPILOGUE = 290.0
 DIRECT_EPILOGUE, DIRECT_COLUMN = 235.0, 5.4
+SLICES = 200  # of two consumers that add up their sums, beside writing and reading them
 STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 26.0}  # by gcd(columns, 64): panels of 64, of 32, of all
 LAUNCH = 5500  # until the first stage has landed, after the last store, and what two events around it add
 BYTE_AHEAD = 0.008  # of a CTA's stages: all SMs' first ones are a queue at the memory, in which scales stand too
@@ -116,7 +117,7 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     reads = (64 + columns) * 32 / SHARED_BYTES_PER_CYCLE
     writes = (plan.tile_m + plan.tile_n) * TILE_K / SHARED_BYTES_PER_CYCLE
     multiply, promote = wgmmas * max(tensor, reads), PROMOTION * columns / 2
-    items = waves * plan.turn
+    items = waves * plan.turn // plan.slices
     if plan.two_partials:
         chain = (items * max(multiply, promote) + promote + WGMMA_LATENCY) / plan.turn + BARRIERS / plan.depth
     elif plan.swap_ab:
@@ -128,8 +129,8 @@ def block_cycles(plan: Plan, rows: int, missed: float) -> float:
     arriving = (loaded_rows + plan.tile_n) * TILE_K
     streamed = (loaded_rows / plan.cluster_n + plan.tile_n / plan.cluster_m) * TILE_K
     pace = max(
-        consumers * waves * multiply,
-        consumers * waves * wgmmas * reads + SHARED_WRITES * writes,
+        consumers // plan.slices * waves * multiply,
+        consumers // plan.slices * waves * wgmmas * reads + SHARED_WRITES * writes,
         chain,
         (TMA_ISSUE * loads + STAGE_ISSUE) / plan.depth,
         arriving / INGEST_BYTES_PER_CYCLE,
@@ -145,11 +146,12 @@ def _loaded_rows(plan: Plan, rows: int) -> int:
 
 def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
+    added = SLICES + plan.tile_m * plan.tile_n * 8 / SHARED_BYTES_PER_CYCLE if plan.slices > 1 else 0
     if plan.staged:
-        return EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
-    cycles = DIRECT_EPILOGUE + DIRECT_COLUMN * plan.columns
+        return added + EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
+    cycles = added + DIRECT_EPILOGUE + DIRECT_COLUMN * plan.columns
     if plan.split > 1:
-        received = plan.tile_m * plan.columns * 4 * (plan.split - 1)
+        received = plan.tile_m * plan.columns * plan.slices * 4 * (plan.split - 1)
         cycles += EXCHANGE + received / EXCHANGE_BYTES_PER_CYCLE
     return cycles
 

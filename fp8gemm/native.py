@@ -71,6 +71,7 @@ class Plan(Structure):
             "cluster_n",
             "depth",
             "split",
+            "slices",
             "swap_ab",
             "shared_bytes",
             "threads",

@@ -1,8 +1,8 @@
 """Plans: how a problem is computed on a Hopper GPU.
 
-A plan has two halves. The compiled half (tile, stages, cluster, depth, split, swap_ab) goes into the kernel as macros
-and, with the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments. `Plan.violations`
-says what is legal; whether a split of K suits a problem's size, `cost.may_split`.
+A plan has two halves. The compiled half (tile, stages, cluster, depth, split, slices, swap_ab) goes into the kernel as
+macros and, with the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments.
+`Plan.violations` says what is legal; whether a split of K suits a problem's size, `cost.may_split`.
 """
 
 import functools
@@ -15,7 +15,7 @@ from . import native
 from .device import Device
 from .errors import PlanError
 
-SPACE_VERSION = 3  # of the fields of Plan and their meaning: a stored plan of another version is not read
+SPACE_VERSION = 4  # of the fields of Plan and their meaning: a stored plan of another version is not read
 K_ASCENDING = "k ascending"  # the reduction that is batch-invariant: a row's bits depend on nothing but the row
 TILE_K = 128  # one scale block, one swizzled row of shared memory
 
@@ -31,7 +31,9 @@ SWAPPED_TILE_MS = (8, 16, 32)
 SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
 DEPTHS = (1, 2, 4)
-SPLITS = (1, 2, 3, 4)  # wider clusters reach fewer SMs (native/README.md)
+SPLITS = (1, 2, 3, 4)
+SLICES = (1, 2)
+MOST_CTAS = 4  # of a cluster: wider ones reach fewer SMs (native/README.md)
 MIN_STAGES, MAX_STAGES = 3, 16  # of compiled_space: two could not hide a load's latency
 FEWER_BYTES_AHEAD = (64 << 10, 96 << 10)  # of B, in the stages of plans for few rows
 
@@ -48,7 +50,8 @@ class Plan(NamedTuple):
     """One way to compute a problem. Tiles in elements.
 
     Of a cluster, `cluster_m` CTAs share a B tile, or `cluster_n` an A tile, or `split` share the K of one tile of D.
-    A stage holds `depth` blocks (of 128) of K. With `swap_ab` wgmma's rows are B's, for few rows of A.
+    A stage holds `depth` blocks (of 128) of K, which `slices` consumers share: each multiplies one for all of the tile.
+    With `swap_ab` wgmma's rows are B's, for few rows of A.
     """
 
     tile_m: int
@@ -58,6 +61,7 @@ class Plan(NamedTuple):
     cluster_n: int = 1
     depth: int = 1
     split: int = 1
+    slices: int = 1
     swap_ab: int = 0
     num_sms: int = 1
     raster: int = 1
@@ -70,12 +74,14 @@ class Plan(NamedTuple):
     @property
     def reduction(self) -> str:
         """How K is summed: plans of one reduction give the same bits, so one may replace another between two calls."""
-        return K_ASCENDING if self.split == 1 else f"{self.split} parts of whole {self.turn * TILE_K}s of k"
+        parts = "" if self.split == 1 else f"{self.split} parts of whole {self.turn * TILE_K}s of k"
+        slices = "" if self.slices == 1 else f"{self.slices} slices of each {self.depth * TILE_K} of k"
+        return ", ".join(filter(None, (parts, slices))) or K_ASCENDING
 
     @property
     def consumers(self) -> int:
-        """Warpgroups that multiply: a wgmma is 64 rows high; two share a taller tile, three one of 192."""
-        return 1 if self.tile_m <= 64 else 3 if self.tile_m == 192 else 2
+        """Warpgroups that multiply: one for each slice of a low tile; two share a taller tile's rows, three 192."""
+        return self.slices if self.tile_m <= 64 else 3 if self.tile_m == 192 else 2
 
     @property
     def waves(self) -> int:
@@ -101,13 +107,13 @@ class Plan(NamedTuple):
 
     @property
     def staged(self) -> bool:
-        """Whether D passes through shared memory, for TMA stores; else it goes from registers."""
+        """Whether D passes through shared memory; else it goes from registers."""
         return self.tile_m >= 64 and self.split == 1
 
     @property
     def columns(self) -> int:
-        """Of a tile, that a CTA stores: of a split the largest share, whole groups of eight; swapped, all are equal."""
-        return self.tile_n // self.split if self.swap_ab else -(-self.tile_n // 8 // self.split) * 8
+        """That a consumer stores: of a split the largest share, whole groups of eight; swapped, all are equal."""
+        return self.tile_n // self.split if self.swap_ab else -(-self.tile_n // self.slices // 8 // self.split) * 8
 
     @property
     def shared_bytes(self) -> int:
@@ -116,10 +122,12 @@ class Plan(NamedTuple):
         scales = self.tile_m + 4 + (segments + 3) // 4 * 4
         stage = self.depth * ((self.tile_m + self.tile_n) * TILE_K + scales * 4) + 2 * 8
         sent = 64 * self.waves // self.split if self.swap_ab else self.columns
-        parts = (self.split - 1) * self.tile_m * sent * 4 if self.split > 1 else 16 * self.consumers
-        d = (self.tile_m if self.staged else 1) * self.columns * 2
+        parts = (self.split - 1) * self.tile_m * sent * self.slices * 4 if self.split > 1 else 16 * self.consumers
+        d = (self.tile_m * self.slices if self.staged else 1) * self.columns * 2
+        exchanged = self.tile_m * self.tile_n * 4 if self.slices > 1 else 16
         beyond = (64 * self.waves - self.tile_n) * TILE_K if self.swap_ab else 0  # wgmma reads whole waves of B
-        total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + 16 * self.consumers
+        total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + exchanged
+        total += 16 * self.consumers
         return (total + 1023) // 1024 * 1024 + beyond
 
     def violations(self, kind: int, device: Device) -> Iterator[str]:
@@ -141,12 +149,20 @@ class Plan(NamedTuple):
             yield f"cluster {self.cluster_m} x {self.cluster_n} for tile_m {self.tile_m}, allowed from 64 on"
         if self.split not in SPLITS:
             yield f"split {self.split}, allowed are {SPLITS}"
-        if self.split > 1 and self.cluster_m * self.cluster_n > 1:
-            yield f"split {self.split} of K: allowed for CTAs that share nothing else"
+        elif self.cluster > MOST_CTAS:
+            yield f"cluster of {self.cluster} CTAs, allowed are {MOST_CTAS}"
         if self.split > 1 and kind != native.DENSE:
             yield f"split {self.split} of K for groups: nobody knows on the host whether their tiles are few"
         if not self.swap_ab and self.tile_n < 8 * self.split:
             yield f"split {self.split} of K: tile_n {self.tile_n} must be at least {8 * self.split} then"
+        if self.slices not in SLICES:
+            yield f"slices {self.slices}, allowed are {SLICES}"
+        elif self.slices > 1 and (self.tile_m, self.depth) != (64, self.slices):
+            yield f"slices {self.slices} of tile_m {self.tile_m}, depth {self.depth}: allowed are 64 rows, a block each"
+        if self.slices > 1 and (self.cluster == 1 or kind != native.DENSE):
+            yield f"slices {self.slices}: allowed in clusters and for dense problems, whose CTAs have few tiles"
+        if self.slices > 1 and self.split == 1 and self.tile_n % 32:
+            yield f"slices {self.slices} for tile_n {self.tile_n}: must be a multiple of 32 where K is not split"
         if self.depth not in DEPTHS:
             yield f"depth {self.depth}, allowed are {DEPTHS}"
         if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 128):
@@ -182,6 +198,7 @@ class Plan(NamedTuple):
             "CLUSTER_N": self.cluster_n,
             "DEPTH": self.depth,
             "SPLIT": self.split,
+            "SLICES": self.slices,
             "SWAP_AB": self.swap_ab,
             "KIND": kind,
             "SMEM_BYTES": self.shared_bytes,
@@ -196,8 +213,9 @@ class Plan(NamedTuple):
         cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster_m * self.cluster_n > 1 else ""
         depth = f"x{self.depth}" if self.depth > 1 else ""
         split = f" split {self.split}" if self.split > 1 else ""
+        slices = f" slices {self.slices}" if self.slices > 1 else ""
         swapped = " swapped" if self.swap_ab else ""
-        compiled = f"{self.tile_m}x{self.tile_n}{swapped} stages {self.stages}{depth}{cluster}{split}"
+        compiled = f"{self.tile_m}x{self.tile_n}{swapped} stages {self.stages}{depth}{cluster}{split}{slices}"
         policy = "" if self.b_policy == "evict_normal" else f" {self.b_policy}"
         return f"{compiled} sms {self.num_sms} raster {self.raster}{policy}"
 
@@ -232,11 +250,12 @@ def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
     memory, and what the consumers need first, scales, stands in it too (native/README.md).
     """
     plans = []
-    sharing = [(*cluster, 1) for cluster in CLUSTERS] + [(1, 1, split) for split in SPLITS if split > 1]
+    sharing = [(*cluster, split) for cluster in CLUSTERS for split in SPLITS]
     tiles = [(*tile, 0) for tile in itertools.product(TILE_MS, TILE_NS)]
     tiles += [(*tile, 1) for tile in itertools.product(SWAPPED_TILE_MS, SWAPPED_TILE_NS)]
-    for (tile_m, tile_n, swap), (cluster_m, cluster_n, split), depth in itertools.product(tiles, sharing, DEPTHS):
-        most = Plan(tile_m, tile_n, MAX_STAGES, cluster_m, cluster_n, depth, split, swap, device.sms)
+    for (tile_m, tile_n, swap), shared, depth, slices in itertools.product(tiles, sharing, DEPTHS, SLICES):
+        cluster_m, cluster_n, split = shared
+        most = Plan(tile_m, tile_n, MAX_STAGES, cluster_m, cluster_n, depth, split, slices, swap, device.sms)
         while most.stages >= MIN_STAGES and any(most.violations(kind, device)):
             most = most._replace(stages=most.stages - 1)
         counts = {most.stages}

@@ -131,7 +131,7 @@ def test_a_dense_launch() -> None:
     assert found["groups"] == [0] * 5
     assert found["sizes"] == [4000, 4224, 1040, 1]
     assert (found["raster"], found["policy"]) == (plan.raster, L2_POLICIES[plan.b_policy])
-    assert (found["d_by_tma"], found["sa_by_bulk"]) == (1, 1)
+    assert (found["d_staged"], found["sa_by_bulk"]) == (1, 1)
     swizzle_128, l2_asks_for_128 = 3, 2
     assert found["a"][:3] == [a.address, [1040, 4000, 1, 1], [1040] * 3]
     assert found["a"][3] == [128, plan.tile_m // plan.cluster_n, 1, 1]
@@ -179,7 +179,7 @@ def check_a_deep_launch(k: int) -> None:
     planner.publish(listed.key, plan, True)
     (found,) = launched(call.without_python)
     assert found["grid"] == [66, 1, 1], "more clusters than tiles"
-    assert (found["d_by_tma"], found["sa_by_bulk"]) == (1, 1)
+    assert (found["d_staged"], found["sa_by_bulk"]) == (1, 1)
     if k % 128:
         a, b = [[1040, 100, 1, 1], [1040] * 3, [128, 64, 1, 1]], [[1040, 2112, 1, 1], [1040] * 3, [128, 64, 1, 1]]
     else:
@@ -197,7 +197,7 @@ def test_a_launch_of_a_split_k() -> None:
     planner.publish(listed.key, Plan(32, 32, 4, split=4, num_sms=132), True)
     (found,) = launched(call.without_python)
     assert (found["grid"], found["cluster"]) == ([120, 1, 1], 4)
-    assert found["d_by_tma"] == 0, "straight from registers"
+    assert found["d_staged"] == 0, "straight from registers"
 
 
 @on_stub_gpus

@@ -42,8 +42,10 @@ def picked(kind: int, rows: tuple[int, ...], groups: int = 1, shapes: list[tuple
 
 @functools.cache
 def kernels() -> list[Kernel]:
-    """What is built: the dense space that can be picked, a sample of each grouped kind, everything small."""
+    """What is built: the dense space that can be picked, sliced K, a sample of each grouped kind, everything small."""
     found = sorted(picked(native.DENSE, ROWS))
+    pairs = Plan(64, 64, 6, cluster_m=2, depth=2, slices=2)
+    found += [p.kernel(native.DENSE) for p in (pairs, pairs._replace(tile_n=80, stages=5, split=2))]
     for kind in (native.CONTIGUOUS, native.RAGGED, native.MASKED):
         some = sorted(picked(kind, (64, 2048, 16384), 8, [(4096, 7168), (7168, 2048), (576, 512)]))
         found += some[:: max(1, len(some) // 3)]
@@ -143,7 +145,7 @@ def test_registers_allow_the_launch(run: Run) -> None:
     """A CTA of 384 threads has 168 registers a thread; setmaxnreg then moves them from the producer."""
     for kernel in kernels():
         if kernel.source == "gemm.cu":
-            threads = Plan(dict(kernel.macros)["TILE_M"], 16, 2).threads
+            threads = Plan(dict(kernel.macros)["TILE_M"], 16, 2, slices=dict(kernel.macros)["SLICES"]).threads
             assert run.builds[name(kernel)].registers * threads <= 65536
 
 
@@ -195,11 +197,16 @@ def turns(p: Plan) -> tuple[int, int]:
     return 1, (1 if p.two_partials else 2) + last_apart
 
 
+def wgmmas(p: Plan) -> int:
+    """Of a consumer's turn: four a wave and block of K."""
+    return 4 * p.waves * p.turn // p.slices
+
+
 def wgmma_loop(sass: str, p: Plan) -> list[str]:
     """The loop over K and the last turn, from shortly before their first wgmma on. Before is a tile's first turn."""
     lines = [line for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
-    wgmmas = [i for i, line in enumerate(lines) if "QGMMA" in line]
-    return lines[wgmmas[-turns(p)[1] * 4 * p.waves * p.turn] - 20 : wgmmas[-1]]
+    found = [i for i, line in enumerate(lines) if "QGMMA" in line]
+    return lines[found[-turns(p)[1] * wgmmas(p)] - 20 : found[-1]]
 
 
 def moved_to_wgmma(lines: list[str]) -> list[str]:
@@ -232,7 +239,7 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     for kernel in kernels():
         macros = dict(kernel.macros)
         if kernel.source == "gemm.cu":
-            told_apart = ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT", "SWAP_AB")
+            told_apart = ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT", "SLICES", "SWAP_AB")
             wanted[tuple(macros[name] for name in told_apart)] = kernel
         else:
             wanted[kernel.function, *macros.values()] = kernel
@@ -246,10 +253,12 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
         if kernel.source == "gemm.cu":
             macros = dict(kernel.macros)
             tile = macros["TILE_M"], macros["TILE_N"], macros["STAGES"]
-            p = Plan(*tile, depth=macros["DEPTH"], split=macros["SPLIT"], swap_ab=macros["SWAP_AB"])
-            assert found["QGMMA"] == sum(turns(p)) * 4 * p.waves * p.turn, kernel  # four a wave and block of K
+            names = "depth", "split", "slices", "swap_ab"
+            fields: dict[str, Any] = {field: macros[field.upper()] for field in names}
+            p = Plan(*tile, **fields)
+            assert found["QGMMA"] == sum(turns(p)) * wgmmas(p), kernel
             assert {"UTMALDG", "SYNCS"} <= set(found)
-            assert ("UTMASTG" in found) == (macros["TILE_M"] >= 64 and macros["SPLIT"] == 1)
+            assert ("UTMASTG" in found) == (p.staged and p.depth == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
             assert sass.index("UTMALDG") < sass.index("QGMMA"), f"{kernel}: the way to the first load is not laid first"
             assert not any(re.search(r"\bLDC\b", line) for line in wgmma_loop(sass, p)), f"{kernel} waits for constants"

@@ -1,4 +1,5 @@
-"""Parts of the GEMM kernel, compiled by g++ and run thread by thread: what its producer loads, what a split exchanges.
+"""Parts of the GEMM kernel, compiled by g++ and run thread by thread: what its producer loads, what slices and
+splits of K add up.
 
 `tests/emulation` stands in for the kernel's PTX: waits return at once, loads and copies are written down.
 """
@@ -30,6 +31,9 @@ PLANS = [
     Plan(64, 64, 3, cluster_n=2, depth=4),
     Plan(8, 56, 5, depth=4, swap_ab=1),
     Plan(16, 96, 3, depth=2, split=2, swap_ab=1),
+    Plan(64, 64, 6, cluster_m=2, depth=2, slices=2),
+    Plan(64, 80, 5, cluster_m=2, depth=2, split=2, slices=2),
+    Plan(64, 48, 5, cluster_n=2, split=2),
 ]
 SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
     Plan(64, 64, 4, depth=2, split=4),
@@ -40,6 +44,8 @@ SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
     Plan(256, 112, 3, split=3),
     Plan(192, 80, 3, split=4),
     Plan(128, 16, 8, split=2),
+    Plan(64, 80, 5, cluster_m=2, depth=2, split=2, slices=2),
+    Plan(64, 32, 8, depth=2, split=4, slices=2),
 ]
 
 
@@ -73,6 +79,11 @@ def test_scales_of_ragged_groups(sources: Path, tmp_path: Path, plan: Plan) -> N
 @pytest.mark.parametrize("plan", SPLITS, ids=str)
 def test_sums_of_a_split(sources: Path, tmp_path: Path, plan: Plan) -> None:
     check(sources, tmp_path, plan, native.DENSE, "exchange")
+
+
+@pytest.mark.parametrize("tile_n", [32, 80])
+def test_sums_of_slices(sources: Path, tmp_path: Path, tile_n: int) -> None:
+    check(sources, tmp_path, Plan(64, tile_n, 4, depth=2, split=2, slices=2), native.DENSE, "slices")
 
 
 def check(sources: Path, tmp_path: Path, plan: Plan, kind: int, role: str) -> None:

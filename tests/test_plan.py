@@ -25,6 +25,7 @@ from fp8gemm.problem import KINDS, Problem
 KERNELS = Path(__file__).parent.parent / "native" / "kernels"
 GOOD = Plan(128, 128, 5, 1, 2, num_sms=132, raster=4)
 SWAPPED = {"tile_m": 8, "tile_n": 64, "cluster_n": 1, "swap_ab": 1}
+SLICED: dict[str, Any] = {"tile_m": 64, "tile_n": 64, "depth": 2, "slices": 2}
 each_device = pytest.mark.parametrize("gpu", HOPPERS, ids=lambda gpu: gpu.name)
 each_kind = pytest.mark.parametrize("kind", range(4), ids=KINDS)
 
@@ -51,7 +52,12 @@ def test_legal_plan() -> None:
         ({"stages": 17, "tile_m": 64, "tile_n": 16}, ["17 stages, allowed are 2 to 16"]),
         ({"split": 5, "cluster_n": 1, "tile_n": 80, "stages": 3}, ["split 5, allowed are (1, 2, 3, 4)"]),
         ({"split": 4, "cluster_n": 1, "tile_n": 16}, ["split 4 of K", "tile_n 16 must be at least 32"]),
-        ({"split": 2, "stages": 2}, ["split 2 of K", "share nothing else"]),
+        ({"split": 3, "tile_n": 64}, ["cluster of 6 CTAs, allowed are 4"]),
+        (SLICED | {"slices": 3}, ["slices 3, allowed are (1, 2)"]),
+        (SLICED | {"tile_m": 128, "stages": 3}, ["slices 2 of tile_m 128, depth 2", "64 rows, a block each"]),
+        (SLICED | {"depth": 4, "stages": 3}, ["slices 2 of tile_m 64, depth 4", "64 rows, a block each"]),
+        (SLICED | {"cluster_n": 1}, ["slices 2: allowed in clusters and for dense problems"]),
+        (SLICED | {"tile_n": 80}, ["slices 2 for tile_n 80: must be a multiple of 32 where K is not split"]),
         ({"depth": 3, "stages": 2, "tile_n": 64}, ["depth 3, allowed are (1, 2, 4)"]),
         ({"depth": 2, "stages": 2, "tile_n": 144}, ["depth 2 for a tile of 128 x 144, allowed up to 128 x 128"]),
         ({"stages": 7}, ["bytes of shared memory", H100.name, "232448"]),
@@ -80,9 +86,11 @@ def test_violations(changes: dict[str, Any], words: list[str]) -> None:
 @each_kind
 def test_violations_of_groups(kind: int) -> None:
     tall, three = GOOD._replace(tile_m=256, stages=3), GOOD._replace(tile_m=192, stages=3)
+    sliced = GOOD._replace(**SLICED)
     for broken, word, kinds in (
         (tall, "aligned to 128 rows only", [native.CONTIGUOUS]),
         (three, "tile_m 192", [native.CONTIGUOUS, native.RAGGED, native.MASKED]),
+        (sliced, "for dense problems", [native.CONTIGUOUS, native.RAGGED, native.MASKED]),
     ):
         found = list(broken.violations(kind, H100))
         assert len(found) == (kind in kinds)
@@ -90,7 +98,7 @@ def test_violations_of_groups(kind: int) -> None:
 
 
 def test_every_violation_is_told() -> None:
-    broken = Plan(100, 50, 100, 3, 3, 3, 7, 0, 1000, -1, "x")
+    broken = Plan(100, 50, 100, 3, 3, 3, 7, 4, 0, 1000, -1, "x")
     assert len(list(broken.violations(native.DENSE, H100))) == 12
 
 
@@ -174,7 +182,7 @@ def test_k_is_split_for_one_wave_only() -> None:
     splits = [p for p in compiled_space(native.DENSE, H100) if p.split > 1]
     for m, (n, k) in itertools.product((1, 128, 300, 8192), WEIGHTS):
         for p in splits:
-            tiles = ceil_div(m, p.tile_m) * ceil_div(n, p.tile_n)
+            tiles = ceil_div(ceil_div(m, p.tile_m), p.cluster_m) * ceil_div(n, p.tile_n * p.cluster_n)
             fits = tiles <= cost.clusters(p)
             assert (cost.predict(Problem(native.DENSE, m, n, k), p, H100) < math.inf) == fits
     for kind in (native.CONTIGUOUS, native.RAGGED, native.MASKED):
@@ -470,14 +478,14 @@ Libraries = dict[tuple[int, tuple[int, int, int, int]], Any]  # by kind and tile
 def schedulers(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     """scheduler.cuh itself, compiled by g++ for a warp on the host."""
     folder = tmp_path_factory.mktemp("scheduler")
-    for name in ("scheduler.cuh", "plan.cuh", "params.h"):
+    for name in ("scheduler.cuh", "cluster.cuh", "plan.cuh", "params.h"):
         (folder / name).write_text((KERNELS / name).read_text())
     (folder / "ptx.cuh").write_text(PTX)
     (folder / "harness.cpp").write_text(HARNESS)
 
     def compile(kind: int, tile: tuple[int, int, int, int]) -> Any:
-        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES", "DEPTH", "SPLIT", "SWAP_AB")
-        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2, 1, 1, 0), strict=True)]
+        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES", "DEPTH", "SPLIT", "SLICES", "SWAP_AB")
+        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2, 1, 1, 1, 0), strict=True)]
         library = folder / f"{kind}_{'_'.join(map(str, tile))}.so"
         flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", *macros, "-o", str(library)]
         subprocess.run(["g++", "harness.cpp", *flags], cwd=folder, check=True)

@@ -71,7 +71,7 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
     out.sb_row = row(o.sb), out.sb_k = o.sb.stride[o.sb.ndim - 1], out.sb_group = group(o.sb);
     out.layout = p.kind == FP8GEMM_DENSE ? nullptr : static_cast<const int*>(o.layout.data);
     out.m = p.m, out.n = p.n, out.k = p.k, out.groups = p.groups;
-    out.d_by_tma = p.output_by_tma, out.sa_by_bulk = p.scales_by_bulk;
+    out.d_staged = p.output_by_tma, out.sa_by_bulk = p.scales_by_bulk;
     return out;
 }
 
@@ -165,7 +165,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     const int tile_k = 128;
     const bool deep = plan->depth > 1;
     params.blocked = deep && p->k % tile_k == 0;
-    params.d_by_tma &= plan->tile_m >= 64 && plan->split == 1;   // else from registers
+    params.d_staged &= plan->tile_m >= 64 && plan->split == 1;   // else from registers
     // A CTA loads its own part of an operand that its cluster shares: some rows, or some blocks of a deep stage. Rows that
     // TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.
     Box a{tile_k, std::min(plan->tile_m / (deep ? 1 : plan->cluster_n), round_up(p->m, 8)), params.blocked != 0};
@@ -177,7 +177,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     const int panel = panel_columns(plan->tile_n), consumers = plan->threads / 128 - 1;
     params.d_blocked = p->n % panel == 0;
     const Box d{panel, plan->tile_m / consumers, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
-    if (params.d_by_tma) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
+    if (params.d_staged && !deep) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
     const int columns = ceil_div(p->n, plan->tile_n * plan->cluster_n), rows = ceil_div(p->m, plan->tile_m * plan->cluster_m);
     const bool searches = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED;      // for groups: rows are not known here
     const int cluster = plan->cluster_m * plan->cluster_n * plan->split;

@@ -1,6 +1,7 @@
-// From a consumer's sums, in the registers where wgmma leaves them (wgmma.cuh), to D. Where K is split, they are first
-// added up across the cluster; then they go to D, rounded to bf16, 64 rows at a time.
+// From a consumer's sums, in the registers where wgmma leaves them (wgmma.cuh), to D. Where consumers or CTAs share a tile's
+// K, they are first added up; then they go to D, rounded to bf16, 64 rows at a time.
 #pragma once
+#include "cluster.cuh"
 #include "plan.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
@@ -8,12 +9,35 @@
 
 namespace fp8gemm {
 
-// A tile's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows.
-__device__ constexpr int columns_before(int part) { return kTileN / 8 * part / kSplit * 8; }
+// Where in a tile a consumer's rows begin: slices are of all rows.
+__device__ constexpr int first_row_of(int consumer) { return kSlices > 1 ? 0 : consumer * kWaves * 64; }
 
-// How many columns of a tile this CTA stores.
+// Consumers that share a tile's K: each sends the other's half of the columns and adds up its own, into the first registers.
+template <int kConsumer>
+__device__ void add_slices(SharedStorage& s, float (&sum)[kTileN / 2], u32 round) {
+    constexpr int kHalf = kTileN / 4, kOwn = kConsumer * kHalf, kOther = kHalf - kOwn;
+    const int thread = threadIdx.x % 128;
+    if (round > 0) named_barrier_sync(kSliced, 2 * 128);         // the tile before is added up
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 4) {
+        const float* const v = &sum[kOther + i];
+        s.slices[kConsumer][i / 4 * 128 + thread] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+    named_barrier_sync(kSliced, 2 * 128);
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 4) {
+        const float4 v = s.slices[1 - kConsumer][i / 4 * 128 + thread];
+        const float* const own = &sum[kOwn + i];
+        sum[i] = own[0] + v.x, sum[i + 1] = own[1] + v.y, sum[i + 2] = own[2] + v.z, sum[i + 3] = own[3] + v.w;
+    }
+}
+
+// A consumer's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows.
+__device__ constexpr int columns_before(int part) { return kConsumerN / 8 * part / kSplit * 8; }
+
+// How many columns a consumer of this CTA stores.
 __device__ int own_columns() {
-    const int rank = kSplit > 1 ? cluster_rank() : 0;
+    const int rank = split_rank();
     return columns_before(rank + 1) - columns_before(rank);
 }
 
@@ -22,28 +46,28 @@ __device__ void open_exchange(SharedStorage& s, int consumer, u32 round, u32 byt
     const int lane = threadIdx.x % 32;
     if (threadIdx.x % 128 == 0) barrier_arrive_expect(&s.parts_full[consumer], bytes);
     if (round == 0) {
-        cluster_wait();                                          // the peers' barriers are set up
+        if (kShare == 1) cluster_wait();                         // the peers' barriers are set up
     } else {                                                     // what they sent is read, and what we sent to them
         u64* empty = &s.parts_empty[consumer];
         __syncwarp();
-        if (lane < kSplit && lane != cluster_rank()) barrier_arrive_remote(remote_address(empty, lane));
+        if (lane < kSplit && lane != split_rank()) barrier_arrive_remote(remote_address(empty, rank_of_part(lane)));
         barrier_wait(empty, (round - 1) % 2);
     }
 }
 
 // The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
 // order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
-__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32& round) {
+__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32 round) {
     constexpr int kEights = kColumns / 8;                        // of a share: four registers of each thread
     constexpr int kBytes = kPartThreads * sizeof(float4);        // of all threads' eight columns
-    const int rank = cluster_rank(), thread = threadIdx.x % 128;
+    const int rank = split_rank(), thread = threadIdx.x % 128;
     u64* full = &s.parts_full[consumer];
     open_exchange(s, consumer, round, own_columns() / 8 * kWaves * (kSplit - 1) * kBytes);
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;
-        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], to);
-        const u32 there = remote_address(full, to);
+        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], rank_of_part(to));
+        const u32 there = remote_address(full, rank_of_part(to));
 #pragma unroll
         for (int i = 0; i < kWaves * kEights; ++i) {
             const int column = columns_before(to) + i % kEights * 8;
@@ -51,7 +75,7 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
                 store_async_remote(part + i * kBytes, &sum[i / kEights][column / 2], there);
         }
     }
-    barrier_wait(full, round++ % 2);
+    barrier_wait(full, round % 2);
 #pragma unroll
     for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
         if (at != rank) continue;
@@ -109,8 +133,22 @@ __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], float (&sum)[kTil
     }
 }
 
-// Straight from registers: what TMA can't store (strides off 16 bytes; N off 8; a group's tail, below which another group's rows
-// begin), and what has no way through shared memory: parts of a split K, tiles of 32 rows.
+// A warp's 16 rows from there to D, in pieces of 16 bytes.
+__device__ void store_staged(const GemmParams& p, const u16 (&panels)[kPanels][kPanelSize], u16* d, int rows, int columns) {
+    constexpr int kPieces = kColumns / 8, kRows = 32 / kPieces;  // pieces of a row, rows at a time
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, column = lane % kPieces * 8;
+    const u8* const panel = reinterpret_cast<const u8*>(panels[column / kPanel]);
+    int row = warp * 16 + lane / kPieces;
+    u16* to = d + row * p.d_row + column;
+#pragma unroll
+    for (int i = 0; i < 16; i += kRows, row += kRows, to += kRows * p.d_row) {
+        if (lane / kPieces >= min(kRows, 16 - i) || row >= rows || column >= columns) continue;
+        *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(panel + panel_offset(row, column % kPanel));
+    }
+}
+
+// Straight from registers: what suits no such pieces (strides off 16 bytes; N off 8), what TMA can't store (a group's tail, below
+// which another group's rows begin), and what has no way through shared memory: parts of a split K, tiles of 32 rows.
 __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], u16* d, int rows, int columns) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
@@ -138,14 +176,21 @@ __device__ void wait_for_staging(int consumer) {
     named_barrier_sync(1 + consumer, 128);
 }
 
-// A consumer's rows of a tile.
+// What a consumer has of a tile.
 __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Unpromoted& rest,
                            const Tile& tile, int consumer) {
     const bool leader = threadIdx.x % 128 == 0;
-    const int first_row = consumer * kWaves * 64, rows = tile.rows - first_row, row = tile.row + first_row;
+    const int first_row = first_row_of(consumer), rows = tile.rows - first_row, row = tile.row + first_row;
     const int columns = min(p.n - tile.column, own_columns()), group = kKind == kMasked ? tile.group : 0;
+    u16* const d = p.d_data + group * p.d_group + row * p.d_row + tile.column;
+    if (kStaged && !kStoredByTma && p.d_staged) {
+        __syncwarp();                                            // the tile before is read
+        stage_wave(s.d[consumer], sum[0], 0, rest, false);
+        __syncwarp();
+        store_staged(p, s.d[consumer], d, rows, columns);
+        __syncwarp();                                            // the warp agrees again: see multiply()
     // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
-    if (kStaged && p.d_by_tma && (rows >= kWaves * 64 || kKind == kDense)) {
+    } else if (kStoredByTma && p.d_staged && (rows >= kWaves * 64 || kKind == kDense)) {
         if (!kLastApart) wait_for_staging(consumer);
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
@@ -162,10 +207,25 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[k
         if (kLastApart) rest.promote(sum[kWaves - 1], 0, kTileN / 2);
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
-            store_wave(p, sum[w], p.d_data + group * p.d_group + (row + w * 64) * p.d_row + tile.column,
-                       min(rows - w * 64, min(kTileM, 64)), columns);
+            store_wave(p, sum[w], d + w * 64 * p.d_row, min(rows - w * 64, min(kTileM, 64)), columns);
         __syncwarp();                                            // the warp agrees again: see multiply()
     }
+}
+
+// The way from a consumer's sums of a tile to D; `round` counts its tiles.
+__device__ void finish_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Unpromoted& rest,
+                            Tile tile, int consumer, u32& round) {
+    if constexpr (kSlices > 1) {
+        if (consumer == 0) add_slices<0>(s, sum[0], round);
+        else add_slices<1>(s, sum[0], round);
+        tile.column += consumer * kConsumerN;
+    }
+    if constexpr (kSplit > 1) {
+        exchange_parts(s, sum, consumer, round);
+        tile.column += columns_before(split_rank());
+    }
+    store_tile(p, s, sum, rest, tile, consumer);
+    ++round;
 }
 
 }  // namespace fp8gemm

@@ -53,7 +53,8 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     constexpr bool kShareA = kClusterN > 1, kShareB = kClusterM > 1, kDeep = kDepth > 1;
     constexpr int kBlocksA = kShareA && kDeep ? kDepth / 2 : kDepth, kBlocksB = kShareB && kDeep ? kDepth / 2 : kDepth;
     constexpr int kRowsB = kShareB && !kDeep ? kTileN / 2 : kTileN;
-    const int rank = kShare > 1 ? cluster_rank() : 0;
+    const int rank = share_rank();
+    const u32 pair = 3u << split_rank() * kShare;                // the CTAs that share, by their ranks
     const int a_row = kShareA && !kDeep ? rank * kTileM / 2 : 0, b_row = kShareB && !kDeep ? rank * kRowsB : 0;
     const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
     const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
@@ -84,16 +85,16 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
                 if (kShareB && !tile.alone) {                    // B first: of a decode stage it is most
                     for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
                         tma_load<true>(b + (j * kTileN + b_row) * kTileK, p.b, box_at(p, kb + j, tile.column + b_row, tile.group),
-                                       full, p.b_policy);
+                                       full, p.b_policy, pair);
                 } else {
                     for (int j = 0; j < kDepth; j += kDeep ? p.b_box_blocks : 1)
                         for (int n = 0; n < kTileN; n += kRowsB)
                             tma_load<false>(b + (j * kTileN + n) * kTileK, p.b, box_at(p, kb + j, tile.column + n, tile.group),
-                                            full, p.b_policy);
+                                            full, p.b_policy, pair);
                 }
                 for (int j = a_block; j < a_block + kBlocksA; j += kDeep ? p.a_box_blocks : 1)
                     tma_load<kShareA>(a + j * p.a_box_rows * kTileK, p.a, box_at(p, kb + j, tile.row + a_row, group_a), full,
-                                      kEvictNormal);
+                                      kEvictNormal, pair);
             }
             __syncwarp();
             if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true;
@@ -193,12 +194,13 @@ struct No { static constexpr bool value = false; };
 
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int first_row = consumer * kWaves * 64, blocks = blocks_of_k(p);
-    const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK));
-    const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
+    const int first_row = first_row_of(consumer), blocks = blocks_of_k(p);
+    const int slice = kSlices > 1 ? consumer * kStageItems : 0;  // a stage's block that this consumer begins with
     const u32 a_block = p.a_box_rows * (kTileK / 16);            // from one block of a deep stage to the next
+    const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK) + slice * a_block);
+    const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b + slice * kTileN * kTileK));
     const u32 empty_first = keep(empty_of_first(s));
-    const u32 sb_first = keep(shared_address(&s.stages[0].scales[0][kScalesOfB]));
+    const u32 sb_first = keep(shared_address(&s.stages[0].scales[slice][kScalesOfB]));
     u32 rounds = 0;
     if (kInTurn && consumer == kConsumers - 1) yield_tensor_core(consumer);      // to the first
     Ring ring;
@@ -223,7 +225,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 
         float sum[kWaves][kTileN / 2] = {};
         const int scale_row = first_row + warp * 16 % kTileM + lane / 4 + scale_rows(p, tile).lead;
-        const u32 sa_first = keep(shared_address(&s.stages[0].scales[0][scale_row]));
+        const u32 sa_first = keep(shared_address(&s.stages[0].scales[slice][scale_row]));
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         int kb = first_block;
         bool landed = false;                                     // the next stage
@@ -306,13 +308,9 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         }
         if (kLastApart && kb < last_block) await(), turn(No{}, Yes{});
         else if (kLastApart) wait_for_staging(consumer), rest = {};              // the first was the last
-        if constexpr (kSplit > 1) {
-            exchange_parts(s, sum, consumer, rounds);
-            tile.column += columns_before(cluster_rank());
-        }
-        store_tile(p, s, sum, rest, tile, consumer);
+        finish_tile(p, s, sum, rest, tile, consumer, rounds);
     }
-    if (kStaged && threadIdx.x % 128 == 0 && p.d_by_tma) tma_store_wait();
+    if (kStoredByTma && threadIdx.x % 128 == 0 && p.d_staged) tma_store_wait();
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
@@ -320,7 +318,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(kThreads, 1) fp8gemm_ge
     extern __shared__ __align__(1024) u8 shared[];
     SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared);
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
-    const int part = kSplit > 1 ? cluster_rank() : 0;            // of K
+    const int part = split_rank();                               // of K
     if (kMoveRegisters && warpgroup == kConsumers) registers_decrease<kProducerRegisters>();
     if (laid_first(warp == kLoader)) {           // all code up to the first load in one piece: it comes from memory
         if (elect_one()) prefetch_map(p.a), prefetch_map(p.b);

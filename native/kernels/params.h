@@ -35,7 +35,7 @@ struct GemmParams {
     long long sa_row, sa_k, sa_group, sb_row, sb_k, sb_group;
     unsigned short* d_data;                      // bf16
     long long d_row, d_group;
-    int d_by_tma;                                // D goes by TMA: base, strides and N suit it, and so does the plan
+    int d_staged;                                // D goes through shared memory: base, strides, N and the plan suit it
     int d_blocked;                               // a box of D holds all panels of a tile: N is whole panels
     int n, groups;
     const int* layout;                           // m_indices, group_ends or masked_m, on the device; null if dense

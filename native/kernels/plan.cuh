@@ -10,6 +10,7 @@
 #define CLUSTER_N 2
 #define DEPTH 1
 #define SPLIT 1
+#define SLICES 1
 #define SWAP_AB 0
 #define KIND 0
 #endif
@@ -31,10 +32,11 @@ constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N;      // CTAs that sh
 constexpr int kSplit = SPLIT;                                    // CTAs of a cluster that share the K of one tile
 constexpr int kShare = kClusterM * kClusterN, kCluster = kShare * kSplit;
 constexpr int kDepth = DEPTH;                                    // blocks of K in a stage
+constexpr int kSlices = SLICES;                                  // consumers that share a stage's blocks, one each
 constexpr bool kSwapAB = SWAP_AB;                                // wgmma's rows are B's (swapped.cuh)
 constexpr int kFewRows = 128;                                    // of A, up to which B is asked for ahead: gemm.cu
 
-constexpr int kConsumers = kTileM <= 64 ? 1 : kTileM == 192 ? 3 : 2;     // math warpgroups
+constexpr int kConsumers = kTileM <= 64 ? kSlices : kTileM == 192 ? 3 : 2;       // math warpgroups
 constexpr int kWaves = kSwapAB ? (kTileN + 63) / 64              // 64-row blocks of each, one after another
                      : kTileM <= 64 ? 1 : kTileM / 64 / kConsumers;
 constexpr int kThreads = 128 * (kConsumers + 1), kLoader = kConsumers * 4;      // the warp that loads A and B
@@ -42,9 +44,9 @@ constexpr int kThreads = 128 * (kConsumers + 1), kLoader = kConsumers * 4;      
 // A consumer's turn: blocks of K that it multiplies at a time, 64 rows and a block an item. Where registers allow two
 // partial sums at a time, one's promotion hides behind the next one's wgmma.
 constexpr bool kTwoPartials = !kSwapAB && kConsumers <= 2 && kTileN * (kWaves + 2) + 32 * kWaves <= 416;
-constexpr int kPartials = kTwoPartials ? 2 : 1;
 constexpr int kTurn = kTwoPartials && kWaves == 1 && kDepth == 1 ? 2 : kDepth;
-constexpr int kItems = kWaves * kTurn, kStageItems = kWaves * kDepth;
+constexpr int kItems = kWaves * kTurn / kSlices, kStageItems = kWaves * kDepth / kSlices;
+constexpr int kPartials = kTwoPartials && kItems > 1 ? 2 : 1;
 // Whether a tile's first turn is code of its own, which finds no sums to add to, and in the shadow of whose wgmma the next
 // tile is looked up: 1.5% less time in the mean at K = 512, nothing at 7168. Deep and split plans wait for memory, and
 // would take 0.4% longer by the additional code.
@@ -76,24 +78,30 @@ constexpr int kSegments = kTileN / kSegment;
 constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegments <= 7;
 // A block's scales: of A's rows, then B's of each segment: consumers need not ask where in a tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
-// Columns of a tile that a CTA stores: of a split the largest share, whole groups of eight (epilogue.cuh); swapped, all are equal.
-constexpr int kColumns = kSwapAB ? kTileN / kSplit : (kTileN / 8 + kSplit - 1) / kSplit * 8;
+// Columns of a tile that are a consumer's in the end, and of these the ones that it stores: of a split the largest share, whole
+// groups of eight (epilogue.cuh); swapped, all are equal.
+constexpr int kConsumerN = kTileN / kSlices;
+constexpr int kColumns = kSwapAB ? kTileN / kSplit : (kConsumerN / 8 + kSplit - 1) / kSplit * 8;
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
                               : kPartThreads * kColumns / 8;
 constexpr int kPanel = panel_columns(kColumns);
 constexpr int kPanels = kColumns / kPanel;
 constexpr bool kSwizzled = kPanel % 32 == 0;                     // see panel_columns
-constexpr bool kStaged = kTileM >= 64 && kSplit == 1;            // D passes through shared memory, for TMA stores
+// D's way out: through shared memory, from there by TMA while the next tile is multiplied, or, where a CTA has few tiles (deep
+// stages), by each warp as soon as it has its rows; else straight from registers.
+constexpr bool kStaged = kTileM >= 64 && kSplit == 1, kStoredByTma = kStaged && kDepth == 1;
 constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 
 static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
 static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192, "see wgmma.cuh; registers hold no more");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
-static_assert(kShare <= 2 && (kShare == 1 || kSplit == 1) && kSplit <= 4, "wider ones reach fewer SMs; they share stages or K");
+static_assert(kShare <= 2 && kCluster <= 4, "wider clusters reach fewer SMs");
 static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3), "see swapped.cuh");
 static_assert(!kSwapAB || kKind != kContiguous, "a tile of a few rows would count more of its segment");
 static_assert(kSwapAB || kTileN >= 8 * kSplit, "a CTA stores whole registers of wgmma");
+static_assert(kSlices == 1 || (kTileM == 64 && kDepth == kSlices), "a slice is a block of each stage");
+static_assert(!kStaged || kConsumerN % 16 == 0, "see stage_wave");
 static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "deep stages come by whole blocks");
 static_assert(!kBulkScales || kScalesAhead, "beside bulk copies, warps that copy scales wait for the first load");
 static_assert(kSwapAB || kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");

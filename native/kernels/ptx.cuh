@@ -99,13 +99,13 @@ PTX void barrier_wait(u64* barrier, u32 phase) {
 // ---- TMA: boxes of a tensor of four dimensions, by where they begin ------------------------------------------------
 PTX void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory"); }
 struct BoxStart { int x, y, z, w; };
-template <bool kForBoth>                                         // of a pair's CTAs: to the same place, and for their barriers
-PTX void tma_load(void* to, const TensorMap& map, BoxStart at, u64* barrier, u64 policy) {
-    if constexpr (kForBoth)
+template <bool kForSeveral>                                      // CTAs of the cluster: to the same place, and for their barriers
+PTX void tma_load(void* to, const TensorMap& map, BoxStart at, u64* barrier, u64 policy, u32 ctas) {
+    if constexpr (kForSeveral)
         asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;"
                      :: "r"(shared_address(to)), "l"(&map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w),
-                        "r"(shared_address(barrier)), "h"(static_cast<u16>(3)), "l"(policy) : "memory");
+                        "r"(shared_address(barrier)), "h"(static_cast<u16>(ctas)), "l"(policy) : "memory");
     else
         asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
                      " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"

@@ -6,6 +6,7 @@
 // Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory.
 // They are read more than once, and must not change meanwhile.
 #pragma once
+#include "cluster.cuh"
 #include "plan.cuh"
 #include "ptx.cuh"
 
@@ -58,7 +59,7 @@ private:
 
     // The next tile's corner, of `rows` rows in all.
     __device__ void place(Tile& tile, int rows) {
-        const int rank = kCluster > 1 ? cluster_rank() : 0;
+        const int rank = share_rank();
         int m = 0, n = index;
         if (rows > kRows) {                      // one row of tiles starts sooner without the divisions
             const int band = divide(index, p.by_band), first = band * p.raster, in_band = index - first * p.columns;
@@ -91,7 +92,7 @@ private:
         const int row = ahead.tile.row;
         auto group_of = [&](int r) { return r < p.m ? p.layout[r] : -1; };
         ahead.group = group_of(row);
-        if constexpr (kClusterM > 1) ahead.other = group_of(cluster_rank() ? row - kTileM : row + kTileM);
+        if constexpr (kClusterM > 1) ahead.other = group_of(share_rank() ? row - kTileM : row + kTileM);
 #pragma unroll
         for (int i = 0; i < (kTileM + 31) / 32; ++i) ahead.of_rows[i] = group_of(row + i * 32 + threadIdx.x % 32);
     }

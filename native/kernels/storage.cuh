@@ -1,6 +1,7 @@
 // Shared memory: the ring of stages between producer and consumers and its barriers, D's way out, and what CTAs that split K
 // send.
 #pragma once
+#include "cluster.cuh"
 #include "plan.cuh"
 #include "ptx.cuh"
 
@@ -17,6 +18,7 @@ struct SharedStorage {
     Stage stages[kStages];
     u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
+    float4 slices[kSlices][kSlices > 1 ? kTileN / 16 * 128 : 1];         // the other consumer's sums
     u64 parts_full[kConsumers], parts_empty[kConsumers];
 };
 // With operands swapped, wgmma reads whole waves of B, and so behind the last stage's last tile.
@@ -40,8 +42,8 @@ __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
 
 // Named barriers, beside 1 to 3 of the consumers. In kReady and kLoading every warp counts once, by waiting or in passing. Where
 // CTAs share stages, the cluster's barrier takes the place of kReady. kTensorCore and the next ones: of each consumer and the
-// one before it, for each block of K.
-constexpr int kReady = 0, kLoading = 4, kTensorCore = 5;
+// one before it, for each block of K. kSliced: of the two that add up their slices.
+constexpr int kReady = 0, kLoading = 4, kTensorCore = 5, kSliced = 8;
 
 // By every warp, once it has done its part of them. Of groups, it then waits for earlier kernels.
 __device__ void announce_barriers() {
@@ -50,7 +52,7 @@ __device__ void announce_barriers() {
     if (kKind != kDense) dependency_wait();      // group sizes come from memory; nothing before has read it
 }
 
-// Until all barriers are set up, and those of CTAs that share stages. (Peers that split K meet at their sums.)
+// Until all barriers are set up, and those of CTAs that share stages. (Peers that only split K meet at their sums.)
 __device__ void wait_for_barriers() {
     if constexpr (kShare > 1) cluster_wait();
     else named_barrier_sync(kReady, kThreads);
@@ -80,10 +82,10 @@ struct Ring {
     }
 };
 
-// `empty` of the first stage, of CTA l in lane l if a cluster shares it.
+// `empty` of the first stage, of CTA l of those that share it in lane l.
 __device__ u32 empty_of_first(SharedStorage& s) {
     u64* const empty = &s.stages[0].empty;
-    return kShare > 1 ? remote_address(empty, threadIdx.x % 32 % kShare) : shared_address(empty);
+    return kShare > 1 ? remote_address(empty, split_rank() * kShare + threadIdx.x % 32 % kShare) : shared_address(empty);
 }
 
 // Gives a stage back to every producer that fills it: one arrival a warp, in each CTA that shares it.

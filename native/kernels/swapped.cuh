@@ -19,7 +19,7 @@ constexpr int kSwappedRegisters = kWaves * kTokens / 2;          // of a thread'
 // The CTAs that share a tile's K: each adds up the sums of some warps' rows of B, in the order of K.
 __device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegisters], u32& round) {
     constexpr int kThreadsEach = 128 / kSplit;
-    const int rank = cluster_rank(), thread = threadIdx.x % 128, owner = thread / kThreadsEach;
+    const int rank = split_rank(), thread = threadIdx.x % 128, owner = thread / kThreadsEach;
     open_exchange(s, 0, round, sizeof s.parts);
     if (owner != rank) {
         const u32 part = remote_address(&s.parts[rank - (rank > owner)][0][thread % kThreadsEach], owner);

@@ -8,6 +8,14 @@
 namespace {
 
 SharedStorage storage[kSplit];
+constexpr u32 kShared = kShare - 1;              // which of a pair's CTAs each of them is
+
+// Of the CTA at this address, which part it has.
+u32 part_at(u32 address) {
+    const u32 rank = address >> 24;
+    if (rank % kShare != kShared) fail("another pair's CTA", rank, kShare);
+    return rank / kShare;
+}
 
 float part(int cta, int consumer, int thread, int wave, int i) {         // sums whose order matters
     const int mixed = (((cta * 3 + consumer) * 128 + thread) * 5 + wave) * 191 + i;
@@ -19,18 +27,17 @@ using Sums = float[kWaves][kTileN / 2];
 void exchange(int cta, int consumer, int thread, Sums& sum) {
     for (int w = 0; w < kWaves; ++w)
         for (int i = 0; i < kTileN / 2; ++i) sum[w][i] = part(cta, consumer, thread, w, i);
-    rank_in_cluster = cta, threadIdx.x = consumer * 128 + thread, shared_begin = &storage[cta];
+    rank_in_cluster = cta * kShare + kShared, threadIdx.x = consumer * 128 + thread, shared_begin = &storage[cta];
     sent.clear();
-    u32 round = 0;
-    exchange_parts(storage[cta], sum, consumer, round);
+    exchange_parts(storage[cta], sum, consumer, 0);
 }
 
 // Puts what a thread has sent to its place. Bytes that arrive at each CTA.
 void deliver(int consumer, u32 (&arrived)[kSplit]) {
     for (const Sent& s : sent) {
-        const u32 to = s.to >> 24, offset = s.to & 0xFFFFFF;
+        const u32 to = part_at(s.to), offset = s.to & 0xFFFFFF;
         shared_begin = &storage[to];
-        if (s.barrier != remote_address(&storage[to].parts_full[consumer], to)) fail("another barrier", to, consumer);
+        if (s.barrier != remote_address(&storage[to].parts_full[consumer], s.to >> 24)) fail("another barrier", to, consumer);
         float* place = reinterpret_cast<float*>(reinterpret_cast<u8*>(&storage[to]) + offset);
         const bool inside = offset >= offsetof(SharedStorage, parts) && offset < offsetof(SharedStorage, parts_full);
         if (!inside || place[0] == place[0]) fail("not where parts are, or twice", to, offset);
@@ -55,12 +62,14 @@ void check_rounds() {
         const u32 full = arrivals_wanted(storage[0], &storage[0].parts_full[consumer]);
         if (full != 1) fail("more than one arrival", consumer, full);
         remote_arrivals.clear();
+        std::vector<u32> ctas;
+        for (int cta = 0; cta < kSplit; ++cta) ctas.push_back(cta * kShare + kShared);
         for (int cta = 0; cta < kSplit; ++cta)
             for (int thread = 0; thread < 128; ++thread) {
-                rank_in_cluster = cta, threadIdx.x = consumer * 128 + thread, shared_begin = &storage[cta];
+                rank_in_cluster = ctas[cta], threadIdx.x = consumer * 128 + thread, shared_begin = &storage[cta];
                 open_exchange(storage[cta], consumer, 1, 0);
             }
-        check_remote_arrivals(storage[0], &storage[0].parts_empty[consumer], kSplit);
+        check_remote_arrivals(storage[0], &storage[0].parts_empty[consumer], ctas);
     }
 }
 
@@ -83,7 +92,7 @@ void check_shares() {
 int main() {
     check_shares();
     check_rounds();
-    if (columns_before(0) != 0 || columns_before(kSplit) != kTileN) fail("not all columns", columns_before(kSplit), kTileN);
+    if (columns_before(0) != 0 || columns_before(kSplit) != kConsumerN) fail("not all columns", columns_before(kSplit), kConsumerN);
     for (SharedStorage& s : storage) std::fill_n(&s.parts[0][0][0].x, sizeof s.parts / sizeof(float), 0.0f / 0.0f);
     Sums sum;
     for (int consumer = 0; consumer < kConsumers; ++consumer) {

@@ -32,17 +32,19 @@ inline u32 arrivals_wanted(SharedStorage& s, const u64* barrier) {
     return wanted;
 }
 
-// All remote arrivals were at this barrier, in each of the CTAs as many as it waits for.
-inline void check_remote_arrivals(SharedStorage& s, const u64* barrier, u32 ctas) {
+// All remote arrivals were at this barrier, in each of these CTAs as many as it waits for.
+inline void check_remote_arrivals(SharedStorage& s, const u64* barrier, const std::vector<u32>& ctas) {
     const u32 wanted = arrivals_wanted(s, barrier);
-    std::vector<u32> found(ctas);
+    std::vector<u32> found;
     shared_begin = &s;
     for (u32 address : remote_arrivals) {
-        const u32 cta = address >> 24;
-        if (cta >= ctas || address != remote_address(barrier, cta)) fail("arrives elsewhere", cta, address);
-        ++found[cta];
+        found.push_back(address >> 24);
+        if (address != remote_address(barrier, found.back())) fail("arrives elsewhere", found.back(), address);
     }
     shared_begin = nullptr;
-    for (u32 count : found)
+    for (u32 cta : ctas) {
+        const u32 count = std::erase(found, cta);
         if (count != wanted) fail("arrivals", count, wanted);
+    }
+    if (!found.empty()) fail("arrives at another CTA", found[0], found.size());
 }

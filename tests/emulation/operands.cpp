@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr u32 kPair = (kSplit - 1) * kShare;     // the first of the CTAs that are run: those of the last part of K
+
 GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.cpp fills in
     const bool deep = kDepth > 1;
     GemmParams p{};
@@ -55,9 +57,9 @@ void check_prefetches(const GemmParams& p) {
 void check_releases(SharedStorage& s) {
     const u64* empty = &s.stages[0].empty;
     shared_begin = &s;
-    for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster)
+    for (rank_in_cluster = kPair; rank_in_cluster < kPair + kShare; ++rank_in_cluster)
         for (threadIdx.x = 0; threadIdx.x < kConsumers * 128; ++threadIdx.x) release(empty_of_first(s));
-    if (kShare > 1) check_remote_arrivals(s, empty, kShare);
+    if (kShare > 1) check_remote_arrivals(s, empty, {kPair, kPair + 1});
     else if (arrivals.size() != arrivals_wanted(s, empty)) fail("arrivals", arrivals.size(), arrivals_wanted(s, empty));
     shared_begin = nullptr;
 }
@@ -80,7 +82,8 @@ int main() {
             const int b_box_rows = kDepth > 1 ? kTileN : kTileN / kClusterM;
             blockIdx.x = 0;
             Loaded by[kShare];
-            for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
+            for (u32 to = 0; to < kShare; ++to) {
+                rank_in_cluster = kPair + to;
                 boxes.clear(), expects.clear(), copies.clear(), meetings.clear(), waits.clear();
                 load_operands(p, s, last, last);                 // a share of K may be empty
                 check_meetings(false);
@@ -88,7 +91,7 @@ int main() {
                 load_operands(p, s, 0, last);
                 check_meetings(true);
                 check_prefetches(p);
-                by[rank_in_cluster] = {boxes, expects};
+                by[to] = {boxes, expects};
                 // For each fill, and where a peer arrives here, for the last use of each stage.
                 const size_t all = expects.size() + (kShare > 1 ? kStages : 0);
                 if (waits.size() != all) fail("waits", waits.size(), all);
@@ -97,7 +100,8 @@ int main() {
                     if (waits[i] != wanted) fail("another barrier waited for, or phase", i, all);
                 }
             }
-            for (rank_in_cluster = 0; rank_in_cluster < kShare; ++rank_in_cluster) {
+            for (u32 to = 0; to < kShare; ++to) {
+                rank_in_cluster = kPair + to;
                 Scheduler tiles(p);
                 size_t fill = 0;
                 for (Tile tile; tiles.next(tile);)
@@ -113,7 +117,8 @@ int main() {
                             for (size_t i = loaded.expects[fill].boxes; i < end; ++i) {
                                 const Box& box = loaded.boxes[i];
                                 if (box.barrier != &stage.full) fail("another barrier", fill, from);
-                                if (!box.multicast && from != rank_in_cluster) continue;
+                                if (box.ctas && box.ctas != 3u << kPair) fail("for other CTAs", fill, box.ctas);
+                                if (!box.ctas && from != to) continue;
                                 if (!box.map) {
                                     if (kb >= blocks || box.to != stage.scales[0]) fail("scales that do not exist", kb, fill);
                                     if (box.from != p.sa + tile.row + kb * p.sa_k) fail("scales from elsewhere", kb, fill);
@@ -131,10 +136,10 @@ int main() {
                             if (a[i] > 1 || (a[i] < 1 && tile.row + i % a_rows < p.m)) fail("a row of A, not once", fill, i);
                         for (int x : b)
                             if (x != 1) fail("a row of B, not once", fill, x);
-                        const u32 expected = by[rank_in_cluster].expects[fill].bytes;
+                        const u32 expected = by[to].expects[fill].bytes;
                         if (bytes != expected) fail("bytes", bytes, expected);
                     }
-                if (fill != by[rank_in_cluster].expects.size()) fail("more stages than there are", fill, 0);
+                if (fill != by[to].expects.size()) fail("more stages than there are", fill, 0);
             }
         }
     printf("ok\n");

@@ -48,7 +48,7 @@ struct Box {                                                     // loaded by TM
     void* to;
     u64* barrier;
     int x, y, z, w;
-    bool multicast;
+    u32 ctas;                                                    // that it arrives at, by their ranks; 0: this one
 };
 struct Expect { u64* barrier; u32 bytes; size_t boxes; };        // and how many boxes were loaded before
 inline std::vector<Box> boxes;
@@ -118,13 +118,13 @@ struct BoxStart {
     int x, y, z, w;
     bool operator==(const BoxStart&) const = default;
 };
-template <bool kForBoth> PTX void tma_load(void* to, const TensorMap& map, BoxStart at, u64* barrier, u64) {
-    boxes.push_back({nullptr, &map, to, barrier, at.x, at.y, at.z, at.w, kForBoth});
+template <bool kForSeveral> PTX void tma_load(void* to, const TensorMap& map, BoxStart at, u64* barrier, u64, u32 ctas) {
+    boxes.push_back({nullptr, &map, to, barrier, at.x, at.y, at.z, at.w, kForSeveral ? ctas : 0});
 }
 inline std::vector<std::pair<const TensorMap*, BoxStart>> prefetches;
 PTX void tma_prefetch(const TensorMap& map, BoxStart at) { prefetches.push_back({&map, at}); }
 PTX void bulk_load(void* to, const void* from, u32 bytes, u64* barrier) {
-    boxes.push_back({from, nullptr, to, barrier, static_cast<int>(bytes), 0, 0, 0, false});
+    boxes.push_back({from, nullptr, to, barrier, static_cast<int>(bytes), 0, 0, 0, 0});
 }
 PTX void tma_store(const TensorMap&, const void*, BoxStart) {}
 PTX void tma_store_commit() {}
