@@ -122,7 +122,7 @@ def test_a_dense_launch() -> None:
     assert isinstance(plan, Plan)
     assert found["kernel"] == "fp8gemm_gemm"
     assert found["grid"] == [132 // plan.cluster * plan.cluster, 1, 1]
-    assert (plan.depth, plan.split) == (1, 1)
+    assert (plan.depth, plan.split, found["pace"]) == (1, 1, 0)
     assert (found["block"], found["shared"], found["cluster"]) == (plan.threads, plan.shared_bytes, plan.cluster)
     assert found["stream"] == LEGACY_STREAM
     assert found["pointers"] == [x.address if x else 0 for x in (a, sa, b, sb, d, None)]
@@ -179,6 +179,8 @@ def check_a_deep_launch(k: int) -> None:
     planner.publish(listed.key, plan, True)
     (found,) = launched(call.without_python)
     assert found["grid"] == [66, 1, 1], "more clusters than tiles"
+    stage_of_b, a_of_one = 4 * 128 * 64 // 2 * 66, 4 * 128 * 64
+    assert found["pace"] == int(0.7 * (stage_of_b / 2400 + a_of_one / 128)), "the stub's memory: 2400 bytes a cycle"
     assert (found["d_staged"], found["sa_by_bulk"]) == (1, 1)
     if k % 128:
         a, b = [[1040, 100, 1, 1], [1040] * 3, [128, 64, 1, 1]], [[1040, 2112, 1, 1], [1040] * 3, [128, 64, 1, 1]]

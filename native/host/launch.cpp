@@ -15,6 +15,7 @@ using namespace fp8gemm;
 struct fp8gemm_kernel {
     int device_id;
     CUfunction function;
+    float memory_bytes_per_cycle;                                // of an SM; 0: not known
     mutable std::atomic<int> resident_clusters{0};               // 0: not asked yet
 };
 
@@ -75,6 +76,17 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
     return out;
 }
 
+// Cycles from one of a CTA's first stages to the next. Asked for all at once, they are a queue at the memory in which what is
+// wanted first, scales and code, stands behind what is wanted last. So: 0.7 of what memory takes to bring a stage of B to
+// all CTAs, and an SM to take in A (native/README.md, "The pace of the first stages").
+unsigned short pace_of(const fp8gemm_plan& plan, int ctas, int a_rows, float memory_bytes_per_cycle) {
+    if (plan.depth == 1 || memory_bytes_per_cycle <= 0) return 0;
+    constexpr float kPace = 0.7f, kSharedBytesPerCycle = 128;
+    const float block_bytes = 128.0f * plan.depth, b = block_bytes * plan.tile_n / plan.cluster_m * ctas;
+    const float cycles = kPace * (b / memory_bytes_per_cycle + block_bytes * a_rows / kSharedBytesPerCycle);
+    return static_cast<unsigned short>(std::min(cycles, 4000.0f));
+}
+
 // A launch in clusters of CTAs along x, which may be set up while the kernel before it still runs: a kernel that says so
 // (`early`) waits by itself before it touches memory.
 struct Launch {
@@ -129,6 +141,8 @@ int fp8gemm_require_no_capture(int device_id, void* stream) {
 int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* name, int shared_bytes, fp8gemm_kernel** out) {
     enum { kMaxDynamicSharedSize = 8 };
     enum { kInvalidImage = 200, kNoBinaryForGpu = 209, kUnsupportedPtx = 222 };
+    fp8gemm_device device;
+    FP8GEMM_TRY(fp8gemm_device_read(device_id, &device));
     const Driver* cu;
     ContextScope scope;
     FP8GEMM_TRY(scope.enter(device_id, &cu));
@@ -140,7 +154,8 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     if (!result) result = cu->cuModuleGetFunction(&function, module, name);
     if (!result && shared_bytes)
         result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, std::max(shared_bytes, kLeastShared));
-    auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function};
+    const float rate = 2.0f * device.memory_clock_khz * device.memory_bus_bits / 8 / std::max(device.clock_khz, 1);
+    auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function, rate};
     if (module && !kernel) cu->cuModuleUnload(module);
     cu->cuThreadExchangeStreamCaptureMode(&mode);
     if (result == kInvalidImage || result == kNoBinaryForGpu || result == kUnsupportedPtx) {
@@ -171,7 +186,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     Box a{tile_k, std::min(plan->tile_m / (deep ? 1 : plan->cluster_n), round_up(p->m, 8)), params.blocked != 0};
     Box b{tile_k, plan->tile_n / (deep ? 1 : plan->cluster_m), params.blocked != 0};
     if (params.blocked) a.blocks = plan->depth / plan->cluster_n, b.blocks = plan->depth / plan->cluster_m;
-    params.a_box_rows = a.rows, params.a_box_blocks = a.blocks, params.b_box_blocks = b.blocks;
+    params.a_box_rows = a.rows;
     FP8GEMM_TRY(encode_map(*cu, o->a, a, "a", &params.a));
     FP8GEMM_TRY(encode_map(*cu, o->b, b, "b", &params.b));
     const int panel = panel_columns(plan->tile_n), consumers = plan->threads / 128 - 1;
@@ -188,6 +203,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
     set_tiles(params, rows, columns, searches ? plan->raster : std::min(plan->raster, rows), clusters);
+    params.pace = pace_of(*plan, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
     const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);
 }

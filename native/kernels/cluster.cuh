@@ -10,4 +10,9 @@ __device__ int split_rank() { return kSplit > 1 ? cluster_rank() / kShare : 0; }
 // The CTA that has another part of K of this one's tile.
 __device__ int rank_of_part(int part) { return part * kShare + share_rank(); }
 
+// Blocks of K. Turns are whole: what lies behind K counts as zeros.
+__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
+// Where the share of a split's CTA begins, in whole turns.
+__device__ int share_of_k(const GemmParams& p, int part) { return (blocks_of_k(p) + kTurn - 1u) / kTurn * part / kSplit * kTurn; }
+
 }  // namespace fp8gemm

@@ -13,6 +13,7 @@
 // Where tiles are few, the CTAs of a cluster share a tile's K, and each adds up their sums of some columns, in order.
 //
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
+#include "cluster.cuh"
 #include "epilogue.cuh"
 #include "params.h"
 #include "plan.cuh"
@@ -23,11 +24,6 @@
 #include "wgmma.cuh"
 
 namespace fp8gemm {
-
-// Blocks of K. Turns are whole: what lies behind K counts as zeros.
-__device__ int blocks_of_k(const GemmParams& p) { return (p.k + kTileK - 1) / kTileK; }
-// Where the share of a split's CTA begins, in whole turns.
-__device__ int share_of_k(const GemmParams& p, int part) { return (blocks_of_k(p) + kTurn - 1u) / kTurn * part / kSplit * kTurn; }
 
 __device__ bool scales_by_bulk(const GemmParams& p) { return kBulkScales && p.sa_by_bulk; }
 
@@ -41,10 +37,11 @@ __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
 }
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
-// Where a box begins: rows of one block of K or, where K is whole blocks, of several of a deep stage.
-__device__ BoxStart box_at(const GemmParams& p, int block, int row, int group) {
-    const bool blocked = kDepth > 1 && p.blocked;
-    return {blocked ? 0 : block * kTileK, row, blocked ? block : 0, group};
+// Calls `box` for each box of some blocks of K: one for all of them, if K is whole blocks (in deep stages only), or one each.
+template <int kBlocks, class Whole, class F>
+__device__ void for_boxes(Whole, int first, int row, int group, F box) {
+    if constexpr (Whole::value) box(first, BoxStart{0, row, first, group});
+    else for (int block = first; block < first + kBlocks; ++block) box(block, BoxStart{block * kTileK, row, 0, group});
 }
 
 // In a cluster each CTA loads for both half of the operand that both need: of its rows or, in a deep stage, of its blocks.
@@ -59,6 +56,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
     const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
     bool ready = false, loading = false;
+    u32 begun = 0, ahead = 0;                                    // when the first stage was asked for; how many were
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
@@ -66,9 +64,11 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
         const u32 tile_scale_bytes = scales_by_bulk(p) ? scale_rows(p, tile).bulk * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + scale_rows(p, tile).first + first_block * p.sa_k;
         if (!ready) {                                            // all before it needs neither them
-            if (kKind == kDense && p.m <= kFewRows && elect_one())       // B's first stage, to L2
-                for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
-                    tma_prefetch(p.b, box_at(p, first_block + j, tile.column + b_row, 0));
+            auto ask = [&](auto whole) {                         // for B's first stage, in L2
+                for_boxes<kBlocksB>(whole, first_block + b_block, tile.column + b_row, 0,
+                                    [&](int, BoxStart at) { tma_prefetch(p.b, at); });
+            };
+            if (kKind == kDense && p.m <= kFewRows && elect_one()) kDeep && p.blocked ? ask(Yes{}) : ask(No{});
             __syncwarp();
             wait_for_barriers(), ready = true;
         }
@@ -76,28 +76,32 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
-            if (elect_one()) {
+            auto load = [&](auto whole) {
                 u64* full = &stage.full;
                 const u32 scale_bytes = kTurn == kDepth || kb < blocks_of_k(p) ? tile_scale_bytes : 0;
-                u8 *a = stage.a + a_row * kTileK, *b = stage.b;
+                u8 *const a = stage.a + a_row * kTileK, *const b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
                 if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
                 if (kShareB && !tile.alone) {                    // B first: of a decode stage it is most
-                    for (int j = b_block; j < b_block + kBlocksB; j += kDeep ? p.b_box_blocks : 1)
-                        tma_load<true>(b + (j * kTileN + b_row) * kTileK, p.b, box_at(p, kb + j, tile.column + b_row, tile.group),
-                                       full, p.b_policy, pair);
+                    for_boxes<kBlocksB>(whole, kb + b_block, tile.column + b_row, tile.group, [&](int block, BoxStart at) {
+                        tma_load<true>(b + ((block - kb) * kTileN + b_row) * kTileK, p.b, at, full, p.b_policy, pair);
+                    });
                 } else {
-                    for (int j = 0; j < kDepth; j += kDeep ? p.b_box_blocks : 1)
+                    for (int j = 0; j < kDepth; j += kBlocksB)
                         for (int n = 0; n < kTileN; n += kRowsB)
-                            tma_load<false>(b + (j * kTileN + n) * kTileK, p.b, box_at(p, kb + j, tile.column + n, tile.group),
-                                            full, p.b_policy, pair);
+                            for_boxes<kBlocksB>(whole, kb + j, tile.column + n, tile.group, [&](int block, BoxStart at) {
+                                tma_load<false>(b + ((block - kb) * kTileN + n) * kTileK, p.b, at, full, p.b_policy, pair);
+                            });
                 }
-                for (int j = a_block; j < a_block + kBlocksA; j += kDeep ? p.a_box_blocks : 1)
-                    tma_load<kShareA>(a + j * p.a_box_rows * kTileK, p.a, box_at(p, kb + j, tile.row + a_row, group_a), full,
-                                      kEvictNormal, pair);
-            }
+                for_boxes<kBlocksA>(whole, kb + a_block, tile.row + a_row, group_a, [&](int block, BoxStart at) {
+                    tma_load<kShareA>(a + (block - kb) * p.a_box_rows * kTileK, p.a, at, full, kEvictNormal, pair);
+                });
+            };
+            if (elect_one()) kDeep && p.blocked ? load(Yes{}) : load(No{});
             __syncwarp();
-            if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true;
+            if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true, begun = kDeep ? cycles() : 0;
+            if (kDeep && ++ahead < kStages)                      // as memory brings them: params.h
+                while (cycles() - begun < ahead * p.pace) {}
         }
     }
     if (!ready) wait_for_barriers();
@@ -189,9 +193,6 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
-struct Yes { static constexpr bool value = true; };              // std::true_type: no headers here
-struct No { static constexpr bool value = false; };
-
 __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block, int last_block, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int first_row = first_row_of(consumer), blocks = blocks_of_k(p);

@@ -93,6 +93,9 @@ constexpr bool kSwizzled = kPanel % 32 == 0;                     // see panel_co
 constexpr bool kStaged = kTileM >= 64 && kSplit == 1, kStoredByTma = kStaged && kDepth == 1;
 constexpr int kPanelSize = (kStaged ? kWaves * 64 : 1) * kPanel;
 
+struct Yes { static constexpr bool value = true; };              // for generic lambdas, as std::true_type is: no headers here
+struct No { static constexpr bool value = false; };
+
 static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
 static_assert(kTileN % (kSwapAB ? 8 : 16) == 0 && kTileN <= 192, "see wgmma.cuh; registers hold no more");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");

@@ -96,6 +96,8 @@ PTX void barrier_wait(u64* barrier, u32 phase) {
 #endif
 }
 
+PTX u32 cycles() { u32 r; asm volatile("mov.u32 %0, %%clock;" : "=r"(r)); return r; }
+
 // ---- TMA: boxes of a tensor of four dimensions, by where they begin ------------------------------------------------
 PTX void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory"); }
 struct BoxStart { int x, y, z, w; };

@@ -15,7 +15,7 @@ GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.
     set_tiles(p, 2, 2);
     p.blocked = deep && k % kTileK == 0;
     p.a_box_rows = min(kTileM / (deep ? 1 : kClusterN), (m + 7) / 8 * 8);
-    p.a_box_blocks = p.blocked ? kDepth / kClusterN : 1, p.b_box_blocks = p.blocked ? kDepth / kClusterM : 1;
+    p.pace = 500;
     return p;
 }
 
@@ -52,6 +52,15 @@ void check_prefetches(const GemmParams& p) {
         if (box.map == &p.b) wanted.push_back({&p.b, {box.x, box.y, box.z, box.w}});
     }
     if (prefetches != wanted) fail("asked for in L2", static_cast<int>(prefetches.size()), static_cast<int>(wanted.size()));
+}
+
+// The first stages, of deep ones, are asked for at the pace that the host set; all others as soon as they are empty.
+void check_pace(const GemmParams& p) {
+    for (size_t i = 1; i < expects.size(); ++i) {
+        const bool paced = kDepth > 1 && i < kStages;
+        const u32 passed = expects[i].at - expects[0].at, least = i * p.pace;
+        if (paced ? passed < least || passed > least + 100 : expects[i].at != expects[i - 1].at) fail("pace", i, passed);
+    }
 }
 
 void check_releases(SharedStorage& s) {
@@ -91,6 +100,7 @@ int main() {
                 load_operands(p, s, 0, last);
                 check_meetings(true);
                 check_prefetches(p);
+                check_pace(p);
                 by[to] = {boxes, expects};
                 // For each fill, and where a peer arrives here, for the last use of each stage.
                 const size_t all = expects.size() + (kShare > 1 ? kStages : 0);
@@ -128,8 +138,8 @@ int main() {
                                     continue;
                                 }
                                 bytes += box.map == &p.a
-                                    ? mark(p, box, stage.a, p.a_box_rows, p.a_box_blocks, a_rows, tile.row, kb, a)
-                                    : mark(p, box, stage.b, b_box_rows, p.b_box_blocks, kTileN, tile.column, kb, b);
+                                    ? mark(p, box, stage.a, p.a_box_rows, p.blocked ? kDepth / kClusterN : 1, a_rows, tile.row, kb, a)
+                                    : mark(p, box, stage.b, b_box_rows, p.blocked ? kDepth / kClusterM : 1, kTileN, tile.column, kb, b);
                             }
                         }
                         for (int i = 0; i < kDepth * a_rows; ++i)        // a box may reach beyond A: zeros

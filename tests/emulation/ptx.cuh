@@ -50,7 +50,9 @@ struct Box {                                                     // loaded by TM
     int x, y, z, w;
     u32 ctas;                                                    // that it arrives at, by their ranks; 0: this one
 };
-struct Expect { u64* barrier; u32 bytes; size_t boxes; };        // and how many boxes were loaded before
+struct Expect { u64* barrier; u32 bytes; size_t boxes; u32 at; };        // and how many boxes were loaded before, when
+inline u32 clock_now;                                            // it passes while the kernel looks at it
+PTX u32 cycles() { return clock_now += 10; }
 inline std::vector<Box> boxes;
 inline std::vector<Expect> expects;
 inline u32 rank_in_cluster;
@@ -103,7 +105,7 @@ template <int N> PTX void registers_increase() {}
 inline std::vector<std::pair<const u64*, u32>> inits;            // barriers, and how many arrivals complete a phase of them
 PTX void barrier_init(u64* barrier, u32 count) { inits.push_back({barrier, count}); }
 PTX void fence_barrier_init() {}
-PTX void barrier_arrive_expect(u64* barrier, u32 bytes) { expects.push_back({barrier, bytes, boxes.size()}); }
+PTX void barrier_arrive_expect(u64* barrier, u32 bytes) { expects.push_back({barrier, bytes, boxes.size(), clock_now}); }
 PTX void barrier_arrive(u32 barrier) { arrivals.push_back(barrier); }
 inline std::vector<u32> remote_arrivals;                         // by remote addresses
 PTX void barrier_arrive_remote(u32 barrier) { remote_arrivals.push_back(barrier); }
