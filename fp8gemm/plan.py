@@ -151,6 +151,8 @@ class Plan(NamedTuple):
             yield f"split {self.split}, allowed are {SPLITS}"
         elif self.cluster > MOST_CTAS:
             yield f"cluster of {self.cluster} CTAs, allowed are {MOST_CTAS}"
+        elif self.split > 1 and self.cluster > self.split and self.tile_m != 64:
+            yield f"split {self.split} of K in clusters that share operands, tile_m {self.tile_m}: allowed for 64 rows"
         if self.split > 1 and kind != native.DENSE:
             yield f"split {self.split} of K for groups: nobody knows on the host whether their tiles are few"
         if not self.swap_ab and self.tile_n < 8 * self.split:

@@ -53,6 +53,7 @@ def test_legal_plan() -> None:
         ({"split": 5, "cluster_n": 1, "tile_n": 80, "stages": 3}, ["split 5, allowed are (1, 2, 3, 4)"]),
         ({"split": 4, "cluster_n": 1, "tile_n": 16}, ["split 4 of K", "tile_n 16 must be at least 32"]),
         ({"split": 3, "tile_n": 64}, ["cluster of 6 CTAs, allowed are 4"]),
+        ({"split": 2}, ["split 2 of K in clusters that share operands, tile_m 128", "64 rows"]),
         (SLICED | {"slices": 3}, ["slices 3, allowed are (1, 2)"]),
         (SLICED | {"tile_m": 128, "stages": 3}, ["slices 2 of tile_m 128, depth 2", "64 rows, a block each"]),
         (SLICED | {"depth": 4, "stages": 3}, ["slices 2 of tile_m 64, depth 4", "64 rows, a block each"]),
