@@ -77,14 +77,14 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
 }
 
 // Cycles from one of a CTA's first stages to the next. Asked for all at once, they are a queue at the memory in which what is
-// wanted first, scales and code, stands behind what is wanted last. So: 0.7 of what memory takes to bring a stage of B to
-// all CTAs, and an SM to take in A (native/README.md, "The pace of the first stages").
-unsigned short pace_of(const fp8gemm_plan& plan, int ctas, int a_rows, float memory_bytes_per_cycle) {
+// wanted first stands behind what is wanted last. So: 0.7 of what memory takes to bring a stage of B to all CTAs and,
+// above 64 rows, an SM to take in A (native/README.md, "The pace of the first stages").
+unsigned short pace_of(const fp8gemm_plan& plan, int m, int ctas, int a_rows, float memory_bytes_per_cycle) {
     if (plan.depth == 1 || memory_bytes_per_cycle <= 0) return 0;
     constexpr float kPace = 0.7f, kSharedBytesPerCycle = 128;
-    const float block_bytes = 128.0f * plan.depth, b = block_bytes * plan.tile_n / plan.cluster_m * ctas;
-    const float cycles = kPace * (b / memory_bytes_per_cycle + block_bytes * a_rows / kSharedBytesPerCycle);
-    return static_cast<unsigned short>(std::min(cycles, 4000.0f));
+    const float row_bytes = 128.0f * plan.depth, b = row_bytes * plan.tile_n / plan.cluster_m * ctas;
+    const float a = m > 64 ? row_bytes * a_rows : 0;
+    return static_cast<unsigned short>(std::min(kPace * (b / memory_bytes_per_cycle + a / kSharedBytesPerCycle), 4000.0f));
 }
 
 // A launch in clusters of CTAs along x, which may be set up while the kernel before it still runs: a kernel that says so
@@ -203,7 +203,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
     set_tiles(params, rows, columns, searches ? plan->raster : std::min(plan->raster, rows), clusters);
-    params.pace = pace_of(*plan, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
+    params.pace = pace_of(*plan, p->m, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
     const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);
 }
