@@ -253,11 +253,11 @@ def test_any_groups(tools: Tools, rng: Rng, kind: int) -> None:
 
 
 def test_same_bits_each_time(tools: Tools, rng: Rng, hopper: int, force: Callable[[Plan], None]) -> None:
-    """100 calls with each of some plans, those that split K first."""
+    """100 calls with each of some plans, and of some that split or slice K."""
     space = plan.compiled_space(native.DENSE, device.read_device(hopper))
-    split = [p for p in space if p.split > 1]
-    some = [space[i] for i in rng.permutation(len(space))[:8]] + [split[i] for i in rng.permutation(len(split))[:8]]
-    for forced in some:
+    split, sliced = [p for p in space if p.split > 1], [p for p in space if p.slices > 1]
+    samples = [(space, 8), (split, 6), (sliced, 4)]
+    for forced in [plans[i] for plans, count in samples for i in rng.permutation(len(plans))[:count]]:
         force(forced)
         (a, sa), rhs = tools.matrix(130, 3072), tools.matrix(700, 3072, height=128)
         d = tools.torch.empty(130, 700, device="cuda", dtype=tools.bf16)

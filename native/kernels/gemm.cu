@@ -10,7 +10,8 @@
 // A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has landed)
 // and `empty` (every consumer that reads it, in every CTA that shares it, is done). The tensor core keeps about 14 bits of a
 // sum, so a partial sum lives there for one block only; FP32 registers hold the rest (two-level accumulation).
-// Where tiles are few, the CTAs of a cluster share a tile's K, and each adds up their sums of some columns, in order.
+// Where tiles are few, the CTAs of a cluster share a tile's K, and each adds up their sums of some columns, in order. So do a
+// CTA's two consumers where one alone would be as slow as memory: a stage's blocks are their slices.
 //
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
 #include "cluster.cuh"
