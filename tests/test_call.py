@@ -191,6 +191,20 @@ def check_a_deep_launch(k: int) -> None:
 
 
 @on_stub_gpus
+def test_the_pace_of_first_stages() -> None:
+    """What memory takes to bring a stage of B to all CTAs counts, and A above 64 rows."""
+    for m, bucket, ctas in ((48, 48, 18), (100, 112, 36)):
+        call = operands(m=m, n=576, k=2048)
+        call.public()
+        (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k) == (bucket, 576, 2048)]
+        planner.publish(listed.key, Plan(64, 32, 4, depth=2, num_sms=132), True)
+        (found,) = launched(call.without_python)
+        assert found["grid"] == [ctas, 1, 1]
+        stage_of_b, a_of_one = 2 * 128 * 32 * ctas, 2 * 128 * 64 * (m > 64)
+        assert found["pace"] == int(0.7 * (stage_of_b / 2400 + a_of_one / 128))
+
+
+@on_stub_gpus
 def test_a_launch_of_a_split_k() -> None:
     """No more clusters than can run at a time, which the driver knows."""
     call = operands(m=16, n=4096, k=1024)
