@@ -15,7 +15,7 @@ using namespace fp8gemm;
 struct fp8gemm_kernel {
     int device_id;
     CUfunction function;
-    float memory_bytes_per_cycle;                                // of an SM; 0: not known
+    float memory_bytes_per_cycle;                                // of an SM
     mutable std::atomic<int> resident_clusters{0};               // 0: not asked yet
 };
 
@@ -80,7 +80,7 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
 // wanted first stands behind what is wanted last. So: 0.7 of what memory takes to bring a stage of B to all CTAs and,
 // above 64 rows, an SM to take in A (native/README.md, "The pace of the first stages").
 unsigned short pace_of(const fp8gemm_plan& plan, int m, int ctas, int a_rows, float memory_bytes_per_cycle) {
-    if (plan.depth == 1 || memory_bytes_per_cycle <= 0) return 0;
+    if (plan.depth == 1) return 0;
     constexpr float kPace = 0.7f, kSharedBytesPerCycle = 128;
     const float row_bytes = 128.0f * plan.depth, b = row_bytes * plan.tile_n / plan.cluster_m * ctas;
     const float a = m > 64 ? row_bytes * a_rows : 0;
@@ -154,8 +154,9 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     if (!result) result = cu->cuModuleGetFunction(&function, module, name);
     if (!result && shared_bytes)
         result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, std::max(shared_bytes, kLeastShared));
-    const float rate = 2.0f * device.memory_clock_khz * device.memory_bus_bits / 8 / std::max(device.clock_khz, 1);
-    auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function, rate};
+    constexpr float kUsualRate = 2400;           // an H200's, where the driver does not tell
+    const float rate = device.clock_khz ? 2.0f * device.memory_clock_khz * device.memory_bus_bits / 8 / device.clock_khz : 0;
+    auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function, rate > 0 ? rate : kUsualRate};
     if (module && !kernel) cu->cuModuleUnload(module);
     cu->cuThreadExchangeStreamCaptureMode(&mode);
     if (result == kInvalidImage || result == kNoBinaryForGpu || result == kUnsupportedPtx) {
