@@ -1,5 +1,5 @@
 """Parts of the GEMM kernel, compiled by g++ and run thread by thread: what its producer loads, what slices and
-splits of K add up.
+splits of K add up, what warps store.
 
 `tests/emulation` stands in for the kernel's PTX: waits return at once, loads and copies are written down.
 """
@@ -84,6 +84,16 @@ def test_sums_of_a_split(sources: Path, tmp_path: Path, plan: Plan) -> None:
 @pytest.mark.parametrize("tile_n", [32, 80])
 def test_sums_of_slices(sources: Path, tmp_path: Path, tile_n: int) -> None:
     check(sources, tmp_path, Plan(64, tile_n, 4, depth=2, split=2, slices=2), native.DENSE, "slices")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(128, 64, 4, depth=2), Plan(64, 64, 6, cluster_m=2, depth=2, slices=2)]
+    + [Plan(64, n, 3, depth=2) for n in (16, 48, 96, 112, 128)],
+    ids=str,
+)
+def test_what_warps_store(sources: Path, tmp_path: Path, plan: Plan) -> None:
+    check(sources, tmp_path, plan, native.DENSE, "store")
 
 
 def check(sources: Path, tmp_path: Path, plan: Plan, kind: int, role: str) -> None:
