@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from . import errors
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 CPU, CUDA = 1, 2  # DLPack device types
 DENSE, CONTIGUOUS, RAGGED, MASKED = range(4)  # kinds
 

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define FP8GEMM_ABI_VERSION 4
+#define FP8GEMM_ABI_VERSION 5
 #define FP8GEMM_API __attribute__((visibility("default")))
 
 typedef enum {
