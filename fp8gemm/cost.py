@@ -12,12 +12,13 @@ A CTA works through its tiles one after another; for each 128 of K the slowest o
     L2          the bytes that L2 delivers; a cluster loads what it shares once, and what has to come from HBM passes
                 through L2 a second time
 
-every tile adds its epilogue, every split of K its exchange, and the start takes longer the more is loaded ahead. Waves
-come out by themselves: a CTA's number of tiles is rounded up. Against all that stands the HBM time of A, B and D. Units
-are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM rate are the device's. The constants
-below were fitted on an H200 to 20,731 measured (problem, plan) pairs: seven weights, M = 8 .. 8192. There the default
-was 2.4% slower than the best of these plans in the geometric mean and 12% at worst (native/README.md). What D's rows in
-one piece take was set later, from K = 512, and what B costs that is asked for again, from 16 x 4096 x 7168.
+every tile adds its epilogue, slices their addition, every split of K its exchange, and the start takes longer the more
+is loaded ahead. Waves come out by themselves: a CTA's number of tiles is rounded up. Against all that stands the HBM
+time of A, B and D. Units are cycles of the SM, whose rates are the same on every Hopper; SM count and HBM rate are the
+device's. The constants below were fitted on an H200 to 20,731 measured (problem, plan) pairs: seven weights, M = 8 ..
+8192. There the default was 2.4% slower than the best of these plans in the geometric mean and 12% at worst
+(native/README.md). What D's rows in one piece take was set later, from K = 512, what B costs that is asked for again,
+from 16 x 4096 x 7168, and what slices cost by hand: 310 to 360 cycles were seen with shared memory's.
 """
 
 import functools
@@ -42,7 +43,7 @@ STAGE_ISSUE = 1.0
 TMA_ISSUE = 93.0
 EPILOGUE = 290.0
 DIRECT_EPILOGUE, DIRECT_COLUMN = 235.0, 5.4
-SLICES = 200  # of two consumers that add up their sums, beside writing and reading them
+ADD_SLICES = 200  # beside writing and reading them
 STORE_BYTES_PER_CYCLE = {64: 57.7, 32: 22.8, 16: 26.0}  # by gcd(columns, 64): panels of 64, of 32, of all
 LAUNCH = 5500  # until the first stage has landed, after the last store, and what two events around it add
 BYTE_AHEAD = 0.008  # of a CTA's stages: all SMs' first ones are a queue at the memory, in which scales stand too
@@ -146,7 +147,7 @@ def _loaded_rows(plan: Plan, rows: int) -> int:
 
 def epilogue_cycles(plan: Plan) -> float:
     """Cycles from a tile's last wgmma to the consumers' next one."""
-    added = SLICES + plan.tile_m * plan.tile_n * 8 / SHARED_BYTES_PER_CYCLE if plan.slices > 1 else 0
+    added = ADD_SLICES + plan.tile_m * plan.tile_n * 8 / SHARED_BYTES_PER_CYCLE if plan.slices > 1 else 0
     if plan.staged:
         return added + EPILOGUE + plan.tile_m * plan.tile_n * 2 / STORE_BYTES_PER_CYCLE[math.gcd(plan.tile_n, 64)]
     cycles = added + DIRECT_EPILOGUE + DIRECT_COLUMN * plan.columns

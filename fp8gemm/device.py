@@ -32,9 +32,9 @@ def read_device(device_id: int) -> Device:
     """Properties of a CUDA device. Raises BackendUnavailable without a driver, DriverError for an unknown device."""
     raw = native.Device()
     native.library().device_read(device_id, ctypes.byref(raw))
-    bandwidth = 2 * raw.memory_clock_khz * 1e3 * raw.memory_bus_bits / 8
-    name = raw.name.decode()
-    return Device(name, (raw.major, raw.minor), raw.sms, raw.l2_bytes, raw.shared_bytes, raw.clock_khz * 1e3, bandwidth)
+    name, clock_hz = raw.name.decode(), raw.clock_khz * 1e3
+    capability = raw.major, raw.minor
+    return Device(name, capability, raw.sms, raw.l2_bytes, raw.shared_bytes, clock_hz, raw.memory_bandwidth)
 
 
 def require_hopper(device_id: int) -> Device:

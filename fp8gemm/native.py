@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from ctypes import POINTER, Structure, c_char, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char, c_char_p, c_double, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,18 +121,9 @@ class Entry(Structure):
 
 class Device(Structure):
     _fields_: ClassVar = [("name", c_char * 96)] + [
-        (name, c_int32)
-        for name in (
-            "major",
-            "minor",
-            "sms",
-            "l2_bytes",
-            "shared_bytes",
-            "clock_khz",
-            "memory_clock_khz",
-            "memory_bus_bits",
-        )
+        (name, c_int32) for name in ("major", "minor", "sms", "l2_bytes", "shared_bytes", "clock_khz")
     ]
+    _fields_ += [("memory_bandwidth", c_double)]
 
 
 class _Error(Structure):

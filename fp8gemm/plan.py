@@ -50,8 +50,8 @@ class Plan(NamedTuple):
     """One way to compute a problem. Tiles in elements.
 
     Of a cluster, `cluster_m` CTAs share a B tile, or `cluster_n` an A tile, or `split` share the K of one tile of D.
-    A stage holds `depth` blocks (of 128) of K, which `slices` consumers share: each multiplies one for all of the tile.
-    With `swap_ab` wgmma's rows are B's, for few rows of A.
+    A stage holds `depth` blocks (of 128) of K. Two `slices`: two consumers multiply one of these each, for all of the
+    tile. With `swap_ab` wgmma's rows are B's, for few rows of A.
     """
 
     tile_m: int

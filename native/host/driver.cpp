@@ -131,11 +131,13 @@ int fp8gemm_device_read(int device_id, fp8gemm_device* out) {
     FP8GEMM_CU(*cu, cuDeviceGet, &device, device_id);
     *out = {};
     FP8GEMM_CU(*cu, cuDeviceGetName, out->name, sizeof out->name, device);
+    int32_t memory_clock_khz = 0, memory_bus_bits = 0;
     struct { int attribute; int32_t* to; } const wanted[] = {            // CUdevice_attribute
         {75, &out->major}, {76, &out->minor}, {16, &out->sms}, {38, &out->l2_bytes}, {97, &out->shared_bytes},
-        {13, &out->clock_khz}, {36, &out->memory_clock_khz}, {37, &out->memory_bus_bits},
+        {13, &out->clock_khz}, {36, &memory_clock_khz}, {37, &memory_bus_bits},
     };
     for (const auto& w : wanted) FP8GEMM_CU(*cu, cuDeviceGetAttribute, w.to, w.attribute, device);
+    out->memory_bandwidth = 2e3 * memory_clock_khz * memory_bus_bits / 8;        // two transfers a clock
     return FP8GEMM_OK;
 }
 

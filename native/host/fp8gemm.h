@@ -75,7 +75,8 @@ typedef struct {
 /* ---- devices ---------------------------------------------------------------------------------------------------------- */
 typedef struct {
     char name[96];
-    int32_t major, minor, sms, l2_bytes, shared_bytes, clock_khz, memory_clock_khz, memory_bus_bits;
+    int32_t major, minor, sms, l2_bytes, shared_bytes, clock_khz;
+    double memory_bandwidth;                                    /* bytes per second; 0 if the driver does not tell */
 } fp8gemm_device;
 
 typedef struct fp8gemm_kernel fp8gemm_kernel;   /* a loaded kernel, for the life of the process */

@@ -155,8 +155,9 @@ int fp8gemm_kernel_load(int device_id, const void* cubin, size_t, const char* na
     if (!result && shared_bytes)
         result = cu->cuFuncSetAttribute(function, kMaxDynamicSharedSize, std::max(shared_bytes, kLeastShared));
     constexpr float kUsualRate = 2400;           // an H200's, where the driver does not tell
-    const float rate = device.clock_khz ? 2.0f * device.memory_clock_khz * device.memory_bus_bits / 8 / device.clock_khz : 0;
-    auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function, rate > 0 ? rate : kUsualRate};
+    const bool known = device.memory_bandwidth > 0 && device.clock_khz > 0;
+    const float rate = known ? static_cast<float>(device.memory_bandwidth / (1e3 * device.clock_khz)) : kUsualRate;
+    auto* kernel = result ? nullptr : new (std::nothrow) fp8gemm_kernel{device_id, function, rate};
     if (module && !kernel) cu->cuModuleUnload(module);
     cu->cuThreadExchangeStreamCaptureMode(&mode);
     if (result == kInvalidImage || result == kNoBinaryForGpu || result == kUnsupportedPtx) {
@@ -190,10 +191,12 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     params.a_box_rows = a.rows;
     FP8GEMM_TRY(encode_map(*cu, o->a, a, "a", &params.a));
     FP8GEMM_TRY(encode_map(*cu, o->b, b, "b", &params.b));
-    const int panel = panel_columns(plan->tile_n), consumers = plan->threads / 128 - 1;
-    params.d_blocked = p->n % panel == 0;
-    const Box d{panel, plan->tile_m / consumers, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
-    if (params.d_staged && !deep) FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
+    if (params.d_staged && !deep) {              // by TMA; of deep stages each warp stores its rows
+        const int panel = panel_columns(plan->tile_n), consumers = plan->threads / 128 - 1;
+        params.d_blocked = p->n % panel == 0;
+        const Box d{panel, plan->tile_m / consumers, params.d_blocked != 0, params.d_blocked ? plan->tile_n / panel : 1};
+        FP8GEMM_TRY(encode_map(*cu, o->d, d, "d", &params.d));
+    }
     const int columns = ceil_div(p->n, plan->tile_n * plan->cluster_n), rows = ceil_div(p->m, plan->tile_m * plan->cluster_m);
     const bool searches = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED;      // for groups: rows are not known here
     const int cluster = plan->cluster_m * plan->cluster_n * plan->split;

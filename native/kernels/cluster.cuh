@@ -1,4 +1,5 @@
-// A CTA's place in its cluster: those that share operands stand side by side, and each such pair has one part of a split K.
+// A CTA's place in its cluster, and so its share of K: those that share operands stand side by side, and each such pair has one
+// part of a split K.
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"

@@ -1,5 +1,5 @@
-// Shared memory: the ring of stages between producer and consumers and its barriers, D's way out, and what CTAs that split K
-// send.
+// Shared memory: the ring of stages between producer and consumers and its barriers, D's way out, and the sums that CTAs and
+// consumers which share a tile's K send one another.
 #pragma once
 #include "cluster.cuh"
 #include "plan.cuh"
