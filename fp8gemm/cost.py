@@ -61,8 +61,8 @@ SHARES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # a group's rows over the mean, as
 
 
 def predict(problem: Problem, plan: Plan, device: Device) -> float:
-    """Cycles that the plan should take; infinite for a split of K where tiles are more than the clusters that run."""
-    if not may_split(problem, plan):
+    """Cycles that the plan should take; infinite where it does not suit the problem."""
+    if not suits(problem, plan):
         return math.inf
     groups, rows = _groups(problem)
     tiles = cluster_tiles(problem, plan)
@@ -82,9 +82,10 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
     return start + max(compute, memory) + HIDDEN * min(compute, memory)
 
 
-def may_split(problem: Problem, plan: Plan) -> bool:
-    """False if the plan splits K where clusters would have more than one tile."""
-    return plan.split == 1 or cluster_tiles(problem, plan) <= clusters(plan)
+def suits(problem: Problem, plan: Plan) -> bool:
+    """False for deep stages where K is not whole blocks, and for a split of K where clusters would have more than one tile."""
+    whole = plan.depth == 1 or problem.k % TILE_K == 0
+    return whole and (plan.split == 1 or cluster_tiles(problem, plan) <= clusters(plan))
 
 
 def cluster_tiles(problem: Problem, plan: Plan) -> int:

@@ -2,7 +2,7 @@
 
 A plan has two halves. The compiled half (tile, stages, cluster, depth, split, slices, swap_ab) goes into the kernel as
 macros and, with the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments.
-`Plan.violations` says what is legal; whether a split of K suits a problem's size, `cost.may_split`.
+`Plan.violations` says what is legal; whether deep stages and a split of K suit a problem's size, `cost.suits`.
 """
 
 import functools

@@ -166,7 +166,7 @@ def parse_plan(text: str, problem: Problem, device: Device, num_sms: int) -> Any
             return None
         if plan.num_sms > num_sms or any(plan.violations(problem.kind, device)):
             return None
-        if isinstance(plan, Plan) and not cost.may_split(problem, plan):
+        if isinstance(plan, Plan) and not cost.suits(problem, plan):
             return None
     except (TypeError, ValueError, ArithmeticError):  # no JSON, unknown fields, nonsense
         return None

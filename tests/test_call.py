@@ -164,35 +164,39 @@ def test_boxes_of_d() -> None:
         assert found["d"][5] == swizzle
 
 
-@on_stub_gpus
-def test_deep_launches() -> None:
-    """Stages of four blocks of K, shared by a cluster: boxes of two where K is whole blocks, else of one."""
-    for k in (1024, 1040):
-        check_a_deep_launch(k)
-
-
-def check_a_deep_launch(k: int) -> None:
+def publish_deep(k: int) -> Call:
+    """A call that a plan of four blocks a stage serves, in clusters that share B."""
     call = operands(m=100, n=2112, k=k)
     call.public()
-    plan = Plan(64, 64, 3, cluster_m=2, depth=4, num_sms=132)
     (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k, x.key.row_scales) == (112, 2112, k, 0)]
-    planner.publish(listed.key, plan, True)
-    (found,) = launched(call.without_python)
+    planner.publish(listed.key, Plan(64, 64, 3, cluster_m=2, depth=4, num_sms=132), True)
+    return call
+
+
+@on_stub_gpus
+def test_a_deep_launch() -> None:
+    """One box for all blocks of K that a CTA loads of a stage."""
+    (found,) = launched(publish_deep(1024).without_python)
     assert found["grid"] == [66, 1, 1], "more clusters than tiles"
     stage_of_b, a_of_one = 4 * 128 * 64 // 2 * 66, 4 * 128 * 64
     assert found["pace"] == int(0.7 * (stage_of_b / 2400 + a_of_one / 128)), "the stub's memory: 2400 bytes a cycle"
     assert (found["d_staged"], found["sa_by_bulk"]) == (1, 1)
-    if k % 128:
-        a, b = [[1040, 100, 1, 1], [1040] * 3, [128, 64, 1, 1]], [[1040, 2112, 1, 1], [1040] * 3, [128, 64, 1, 1]]
-    else:
-        a, b = ([[128, rows, 8, 1], [1024, 128, 1024], [128, 64, blocks, 1]] for rows, blocks in ((100, 4), (2112, 2)))
+    a, b = ([[128, rows, 8, 1], [1024, 128, 1024], [128, 64, blocks, 1]] for rows, blocks in ((100, 4), (2112, 2)))
     assert found["a"][1:4] == a
     assert found["b"][1:4] == b
 
 
 @on_stub_gpus
+def test_deep_stages_are_of_whole_blocks() -> None:
+    """The last block of another K would be left out."""
+    call = publish_deep(1040)
+    with pytest.raises(Fp8GemmError, match="a plan of depth 4, K = 1040; its boxes hold whole blocks of 128"):
+        call.public()
+
+
+@on_stub_gpus
 def test_the_pace_of_first_stages() -> None:
-    """What memory takes to bring a stage of B to all CTAs counts, and A above 64 rows."""
+    """What memory takes to bring a stage of B to all CTAs counts, and what an SM takes to take in A."""
     for m, bucket, ctas in ((48, 48, 18), (100, 112, 36)):
         call = operands(m=m, n=576, k=2048)
         call.public()
@@ -200,7 +204,7 @@ def test_the_pace_of_first_stages() -> None:
         planner.publish(listed.key, Plan(64, 32, 4, depth=2, num_sms=132), True)
         (found,) = launched(call.without_python)
         assert found["grid"] == [ctas, 1, 1]
-        stage_of_b, a_of_one = 2 * 128 * 32 * ctas, 2 * 128 * 64 * (m > 64)
+        stage_of_b, a_of_one = 2 * 128 * 32 * ctas, 2 * 128 * min(m, 64)
         assert found["pace"] == int(0.7 * (stage_of_b / 2400 + a_of_one / 128))
 
 

@@ -190,6 +190,16 @@ def test_k_is_split_for_one_wave_only() -> None:
         assert {p.split for p in compiled_space(kind, H100)} == {1}
 
 
+def test_deep_stages_hold_whole_blocks() -> None:
+    """Where the last block of K is not whole, plans have stages of one block, and so has the default."""
+    for kind in range(4):
+        deep = [p for p in compiled_space(kind, H100) if p.depth > 1 and p.split == 1]
+        for k, suit in ((7168, True), (7184, False)):
+            assert {cost.suits(Problem(kind, 1, 4096, k, 1), p) for p in deep} == {suit}
+    assert cost.default_plan(Problem(native.DENSE, 1, 4096, 7168), H100, H100.sms).depth > 1
+    assert cost.default_plan(Problem(native.DENSE, 1, 4096, 7184), H100, H100.sms).depth == 1
+
+
 @settings(max_examples=150)
 @given(problems, st.sampled_from(HOPPERS), st.data())
 def test_raster(problem: Problem, gpu: Device, data: st.DataObject) -> None:

@@ -45,7 +45,7 @@ def kernels(task: Task, device: Device, most: int | None = MOST) -> list[AnyPlan
 def _ranked(task: Task, device: Device, most: int | None) -> Iterator[Plan]:
     problem = task.problem
     plans = cost.candidates(problem.kind, device, task.num_sms)
-    times = {plan: cost.predict(problem, plan, device) for plan in plans}  # infinite where K must not be split
+    times = {plan: cost.predict(problem, plan, device) for plan in plans}  # infinite where they do not suit it
     best = min(times.values())
     for plan in sorted(times, key=times.__getitem__):
         if times[plan] <= (HOPELESS if most is None else SLOWEST) * best:
@@ -106,4 +106,4 @@ def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     numbers = fitting if ctas in fitting else sorted({*fitting, plan.num_sms})
     policies = POLICIES[:1] if task.problem.kind == native.DENSE and task.problem.m <= FEW_ROWS else POLICIES
     found = [plan._replace(num_sms=n, b_policy=policy) for n in numbers for policy in policies]
-    return [fewer for fewer in found if fewer != plan and cost.may_split(task.problem, fewer)]
+    return [fewer for fewer in found if fewer != plan and cost.suits(task.problem, fewer)]

@@ -77,13 +77,13 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
 }
 
 // Cycles from one of a CTA's first stages to the next. Asked for all at once, they are a queue at the memory in which what is
-// wanted first stands behind what is wanted last. So: 0.7 of what memory takes to bring a stage of B to all CTAs and,
-// above 64 rows, an SM to take in A (native/README.md, "The pace of the first stages").
-unsigned short pace_of(const fp8gemm_plan& plan, int m, int ctas, int a_rows, float memory_bytes_per_cycle) {
+// wanted first stands behind what is wanted last. So: 0.7 of what memory takes to bring a stage of B to all CTAs and an SM
+// to take in A (native/README.md, "The pace of the first stages").
+unsigned short pace_of(const fp8gemm_plan& plan, int ctas, int a_rows, float memory_bytes_per_cycle) {
     if (plan.depth == 1) return 0;
     constexpr float kPace = 0.7f, kSharedBytesPerCycle = 128;
     const float row_bytes = 128.0f * plan.depth, b = row_bytes * plan.tile_n / plan.cluster_m * ctas;
-    const float a = m > 64 ? row_bytes * a_rows : 0;
+    const float a = row_bytes * a_rows;
     return static_cast<unsigned short>(std::min(kPace * (b / memory_bytes_per_cycle + a / kSharedBytesPerCycle), 4000.0f));
 }
 
@@ -181,13 +181,14 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     params.b_policy = plan->b_policy;
     const int tile_k = 128;
     const bool deep = plan->depth > 1;
-    params.blocked = deep && p->k % tile_k == 0;
+    if (deep && p->k % tile_k)
+        return fail(FP8GEMM_ARGUMENT, "", "a plan of depth %d, K = %d; its boxes hold whole blocks of %d", plan->depth, p->k, tile_k);
     params.d_staged &= plan->tile_m >= 64 && plan->split == 1;   // else from registers
     // A CTA loads its own part of an operand that its cluster shares: some rows, or some blocks of a deep stage. Rows that
     // TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.
-    Box a{tile_k, std::min(plan->tile_m / (deep ? 1 : plan->cluster_n), round_up(p->m, 8)), params.blocked != 0};
-    Box b{tile_k, plan->tile_n / (deep ? 1 : plan->cluster_m), params.blocked != 0};
-    if (params.blocked) a.blocks = plan->depth / plan->cluster_n, b.blocks = plan->depth / plan->cluster_m;
+    Box a{tile_k, std::min(plan->tile_m / (deep ? 1 : plan->cluster_n), round_up(p->m, 8)), deep};
+    Box b{tile_k, plan->tile_n / (deep ? 1 : plan->cluster_m), deep};
+    if (deep) a.blocks = plan->depth / plan->cluster_n, b.blocks = plan->depth / plan->cluster_m;
     params.a_box_rows = a.rows;
     FP8GEMM_TRY(encode_map(*cu, o->a, a, "a", &params.a));
     FP8GEMM_TRY(encode_map(*cu, o->b, b, "b", &params.b));
@@ -207,7 +208,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
     set_tiles(params, rows, columns, searches ? plan->raster : std::min(plan->raster, rows), clusters);
-    params.pace = pace_of(*plan, p->m, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
+    params.pace = pace_of(*plan, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
     const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);
 }

@@ -38,11 +38,9 @@ __device__ ScaleRows scale_rows(const GemmParams& p, const Tile& tile) {
 }
 
 // ---- producer: A and B ---------------------------------------------------------------------------------------------
-// Calls `box` for each box of some blocks of K: one for all of them, if K is whole blocks (in deep stages only), or one each.
-template <int kBlocks, class Whole, class F>
-__device__ void for_boxes(Whole, int first, int row, int group, F box) {
-    if constexpr (Whole::value) box(first, BoxStart{0, row, first, group});
-    else for (int block = first; block < first + kBlocks; ++block) box(block, BoxStart{block * kTileK, row, 0, group});
+// Where a box begins, from a block of K on: params.h.
+__device__ BoxStart box_from(int block, int row, int group) {
+    return kDepth > 1 ? BoxStart{0, row, block, group} : BoxStart{block * kTileK, row, 0, group};
 }
 
 // In a cluster each CTA loads for both half of the operand that both need: of its rows or, in a deep stage, of its blocks.
@@ -57,7 +55,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
     const int a_block = kShareA && kDeep ? rank * kBlocksA : 0, b_block = kShareB && kDeep ? rank * kBlocksB : 0;
     const int operand_bytes = (p.a_box_rows * (kDeep ? 1 : kClusterN) + kTileN) * kTileK * kDepth;
     bool ready = false, loading = false;
-    u32 begun = 0, ahead = 0;                                    // when the first stage was asked for; how many were
+    u32 begun = 0, ahead = 0;                                    // when B was first asked for; how many stages are
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
@@ -65,11 +63,9 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
         const u32 tile_scale_bytes = scales_by_bulk(p) ? scale_rows(p, tile).bulk * sizeof(float) : 0;
         const float* sa = p.sa + group_a * p.sa_group + scale_rows(p, tile).first + first_block * p.sa_k;
         if (!ready) {                                            // all before it needs neither them
-            auto ask = [&](auto whole) {                         // for B's first stage, in L2
-                for_boxes<kBlocksB>(whole, first_block + b_block, tile.column + b_row, 0,
-                                    [&](int, BoxStart at) { tma_prefetch(p.b, at); });
-            };
-            if (kKind == kDense && p.m <= kFewRows && elect_one()) kDeep && p.blocked ? ask(Yes{}) : ask(No{});
+            begun = kDeep ? cycles() : 0;
+            if (kKind == kDense && p.m <= kFewRows && elect_one())               // for B's first stage, in L2
+                tma_prefetch(p.b, box_from(first_block + b_block, tile.column + b_row, 0));
             __syncwarp();
             wait_for_barriers(), ready = true;
         }
@@ -77,30 +73,27 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance(), sa += p.sa_k) {
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
-            auto load = [&](auto whole) {
+            if (elect_one()) {
                 u64* full = &stage.full;
                 const u32 scale_bytes = kTurn == kDepth || kb < blocks_of_k(p) ? tile_scale_bytes : 0;
                 u8 *const a = stage.a + a_row * kTileK, *const b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
                 if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
                 if (kShareB && !tile.alone) {                    // B first: of a decode stage it is most
-                    for_boxes<kBlocksB>(whole, kb + b_block, tile.column + b_row, tile.group, [&](int block, BoxStart at) {
-                        tma_load<true>(b + ((block - kb) * kTileN + b_row) * kTileK, p.b, at, full, p.b_policy, pair);
-                    });
+                    const BoxStart at = box_from(kb + b_block, tile.column + b_row, tile.group);
+                    tma_load<true>(b + (b_block * kTileN + b_row) * kTileK, p.b, at, full, p.b_policy, pair);
                 } else {
                     for (int j = 0; j < kDepth; j += kBlocksB)
-                        for (int n = 0; n < kTileN; n += kRowsB)
-                            for_boxes<kBlocksB>(whole, kb + j, tile.column + n, tile.group, [&](int block, BoxStart at) {
-                                tma_load<false>(b + ((block - kb) * kTileN + n) * kTileK, p.b, at, full, p.b_policy, pair);
-                            });
+                        for (int n = 0; n < kTileN; n += kRowsB) {
+                            const BoxStart at = box_from(kb + j, tile.column + n, tile.group);
+                            tma_load<false>(b + (j * kTileN + n) * kTileK, p.b, at, full, p.b_policy, pair);
+                        }
                 }
-                for_boxes<kBlocksA>(whole, kb + a_block, tile.row + a_row, group_a, [&](int block, BoxStart at) {
-                    tma_load<kShareA>(a + (block - kb) * p.a_box_rows * kTileK, p.a, at, full, kEvictNormal, pair);
-                });
-            };
-            if (elect_one()) kDeep && p.blocked ? load(Yes{}) : load(No{});
+                const BoxStart at = box_from(kb + a_block, tile.row + a_row, group_a);
+                tma_load<kShareA>(a + a_block * p.a_box_rows * kTileK, p.a, at, full, kEvictNormal, pair);
+            }
             __syncwarp();
-            if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true, begun = kDeep ? cycles() : 0;
+            if (!loading) named_barrier_arrive(kLoading, kThreads), loading = true;
             if (kDeep && ++ahead < kStages)                      // as memory brings them: params.h
                 while (cycles() - begun < ahead * p.pace) {}
         }

@@ -25,10 +25,9 @@ struct GemmParams {
     Divisor by_raster, by_last, by_band;         // by_last: by the rows of the last band; by_band: by the tiles of a whole one
     unsigned short a_box_rows;                   // of A that a CTA loads: fewer than a tile where A is shorter
     unsigned short pace;                         // cycles from one of a CTA's first (deep) stages to the next, at least
-    unsigned char blocked;                       // a box holds all that a CTA loads of a deep stage: K is whole blocks
-    unsigned char sa_by_bulk;                    // A's scales have rows fastest, columns 16 bytes aligned
+    int sa_by_bulk;                              // A's scales have rows fastest, columns 16 bytes aligned
     unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
-    // a, b: (k, row, 1, group), blocked (128, row, k / 128, group).
+    // a, b: (k, row, 1, group), of deep stages (128, row, k / 128, group): one box has several blocks.
     // d: (n, row, 1, group), blocked (panel, row, n / panel, group).
     TensorMap a, b, d;
     const float *sa, *sb;
