@@ -83,7 +83,7 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 
 
 def suits(problem: Problem, plan: Plan) -> bool:
-    """False for deep stages where K is not whole blocks, and for a split of K where clusters would have more than one tile."""
+    """False for deep stages where K is not whole blocks, and for splits of K where clusters have more than one tile."""
     whole = plan.depth == 1 or problem.k % TILE_K == 0
     return whole and (plan.split == 1 or cluster_tiles(problem, plan) <= clusters(plan))
 
