@@ -179,7 +179,7 @@ def test_a_deep_launch() -> None:
     (found,) = launched(publish_deep(1024).without_python)
     assert found["grid"] == [66, 1, 1], "more clusters than tiles"
     stage_of_b, a_of_one = 4 * 128 * 64 // 2 * 66, 4 * 128 * 64
-    assert found["pace"] == int(0.7 * (stage_of_b / 2400 + a_of_one / 128)), "the stub's memory: 2400 bytes a cycle"
+    assert found["pace"] == int(0.5 * stage_of_b / 2400 + a_of_one / 128 + 100), "the stub's memory: 2400 bytes a cycle"
     assert (found["d_staged"], found["sa_by_bulk"]) == (1, 1)
     a, b = ([[128, rows, 8, 1], [1024, 128, 1024], [128, 64, blocks, 1]] for rows, blocks in ((100, 4), (2112, 2)))
     assert found["a"][1:4] == a
@@ -205,7 +205,7 @@ def test_the_pace_of_first_stages() -> None:
         (found,) = launched(call.without_python)
         assert found["grid"] == [ctas, 1, 1]
         stage_of_b, a_of_one = 2 * 128 * 32 * ctas, 2 * 128 * min(m, 64)
-        assert found["pace"] == int(0.7 * (stage_of_b / 2400 + a_of_one / 128))
+        assert found["pace"] == int(0.5 * stage_of_b / 2400 + a_of_one / 128 + 100)
 
 
 @on_stub_gpus

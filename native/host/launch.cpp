@@ -77,14 +77,14 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
 }
 
 // Cycles from one of a CTA's first stages to the next. Asked for all at once, they are a queue at the memory in which what is
-// wanted first stands behind what is wanted last. So: 0.7 of what memory takes to bring a stage of B to all CTAs and an SM
-// to take in A (native/README.md, "The pace of the first stages").
+// wanted first stands behind what is wanted last. So: half of what memory takes to bring a stage of B to all CTAs, what an SM
+// takes to take in A, and a little more (native/README.md, "The pace of the first stages").
 unsigned short pace_of(const fp8gemm_plan& plan, int ctas, int a_rows, float memory_bytes_per_cycle) {
     if (plan.depth == 1) return 0;
-    constexpr float kPace = 0.7f, kSharedBytesPerCycle = 128;
-    const float row_bytes = 128.0f * plan.depth, b = row_bytes * plan.tile_n / plan.cluster_m * ctas;
-    const float a = row_bytes * a_rows;
-    return static_cast<unsigned short>(std::min(kPace * (b / memory_bytes_per_cycle + a / kSharedBytesPerCycle), 4000.0f));
+    constexpr float kSharedBytesPerCycle = 128, kMore = 100;
+    const float row_bytes = 128.0f * plan.depth, b = row_bytes * plan.tile_n / plan.cluster_m * ctas, a = row_bytes * a_rows;
+    const float cycles = 0.5f * b / memory_bytes_per_cycle + a / kSharedBytesPerCycle + kMore;
+    return static_cast<unsigned short>(std::min(cycles, 4000.0f));
 }
 
 // A launch in clusters of CTAs along x, which may be set up while the kernel before it still runs: a kernel that says so
