@@ -182,7 +182,8 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     const int tile_k = 128;
     const bool deep = plan->depth > 1;
     if (deep && p->k % tile_k)
-        return fail(FP8GEMM_ARGUMENT, "", "a plan of depth %d, K = %d; its boxes hold whole blocks of %d", plan->depth, p->k, tile_k);
+        return fail(FP8GEMM_ARGUMENT, "", "a plan of depth %d, K = %d; its boxes hold whole blocks of %d", plan->depth, p->k,
+                    tile_k);
     params.d_staged &= plan->tile_m >= 64 && plan->split == 1;   // else from registers
     // A CTA loads its own part of an operand that its cluster shares: some rows, or some blocks of a deep stage. Rows that
     // TMA fills with zeros cost it more than rows that it reads (M = 1: 27 instead of 13 us): load none.

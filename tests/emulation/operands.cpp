@@ -6,13 +6,14 @@
 
 namespace {
 
+constexpr bool kDeep = kDepth > 1;
 constexpr u32 kPair = (kSplit - 1) * kShare;     // the first of the CTAs that are run: those of the last part of K
 
 GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.cpp fills in
     GemmParams p{};
     p.m = m, p.n = n, p.k = k, p.groups = 1, p.sa_by_bulk = bulk, p.sa_k = 1000;
     set_tiles(p, 2, 2);
-    p.a_box_rows = min(kTileM / (kDepth > 1 ? 1 : kClusterN), (m + 7) / 8 * 8);
+    p.a_box_rows = min(kTileM / (kDeep ? 1 : kClusterN), (m + 7) / 8 * 8);
     p.pace = 500;
     return p;
 }
@@ -20,9 +21,8 @@ GemmParams make_params(int m, int n, int k, bool bulk) {         // what launch.
 // Marks what a box brings of an operand: rows and blocks that the tile wants, at their place in the stage. Returns bytes.
 int mark(const GemmParams& p, const Box& box, const u8* operand, int box_rows, int box_blocks, int rows, int row, int kb,
          std::vector<int>& seen) {
-    const bool deep = kDepth > 1;
-    const int block = deep ? box.z - kb : box.x / kTileK - kb;
-    if (deep ? box.x != 0 : box.z != 0 || box.x % kTileK) fail("not at a block", box.x, box.z);
+    const int block = kDeep ? box.z - kb : box.x / kTileK - kb;
+    if (kDeep ? box.x != 0 : box.z != 0 || box.x % kTileK) fail("not at a block", box.x, box.z);
     const long place = (static_cast<u8*>(box.to) - operand) / kTileK;
     const int first = box.y - row;
     if (block < 0 || block + box_blocks > kDepth || first < 0) fail("another stage's", block, first);
@@ -56,7 +56,7 @@ void check_prefetches(const GemmParams& p) {
 // The first stages, of deep ones, are asked for at the pace that the host set; all others as soon as they are empty.
 void check_pace(const GemmParams& p) {
     for (size_t i = 1; i < expects.size(); ++i) {
-        const bool paced = kDepth > 1 && i < kStages;
+        const bool paced = kDeep && i < kStages;
         const u32 passed = expects[i].at - expects[0].at, expected = i * p.pace;         // from a little before the first
         if (paced ? passed + 100 < expected || passed > expected : expects[i].at != expects[i - 1].at) fail("pace", i, passed);
     }
@@ -83,12 +83,12 @@ int main() {
     for (const auto& size : sizes)
         for (int bulk = 0; bulk < 2; ++bulk) {
             if (bulk && !kBulkScales) continue;
-            const int k = kDepth > 1 ? (size[2] + kTileK - 1) / kTileK * kTileK : size[2];       // deep stages: of whole blocks
-            GemmParams p = make_params(size[0], size[1], k, bulk);
+            GemmParams p = make_params(size[0], size[1], size[2], bulk);
+            if (kDeep) p.k = blocks_of_k(p) * kTileK;            // stages of whole blocks only
             p.sa = scales;
             const int blocks = blocks_of_k(p), turns = (blocks + kTurn - 1) / kTurn, last = turns * kTurn;
-            const int a_rows = kDepth > 1 ? p.a_box_rows : kTileM;       // from one block to the next
-            const int b_box_rows = kDepth > 1 ? kTileN : kTileN / kClusterM;
+            const int a_rows = kDeep ? p.a_box_rows : kTileM;       // from one block to the next
+            const int b_box_rows = kDeep ? kTileN : kTileN / kClusterM;
             blockIdx.x = 0;
             Loaded by[kShare];
             for (u32 to = 0; to < kShare; ++to) {
@@ -138,8 +138,8 @@ int main() {
                                     continue;
                                 }
                                 bytes += box.map == &p.a
-                                    ? mark(p, box, stage.a, p.a_box_rows, kDepth > 1 ? kDepth / kClusterN : 1, a_rows, tile.row, kb, a)
-                                    : mark(p, box, stage.b, b_box_rows, kDepth > 1 ? kDepth / kClusterM : 1, kTileN, tile.column, kb, b);
+                                    ? mark(p, box, stage.a, p.a_box_rows, kDeep ? kDepth / kClusterN : 1, a_rows, tile.row, kb, a)
+                                    : mark(p, box, stage.b, b_box_rows, kDeep ? kDepth / kClusterM : 1, kTileN, tile.column, kb, b);
                             }
                         }
                         for (int i = 0; i < kDepth * a_rows; ++i)        // a box may reach beyond A: zeros
