@@ -180,12 +180,12 @@ CALL(stub_launch, long i, char* text, size_t size) {
                     " \"a\": %s, \"b\": %s, \"d\": %s,"
                     " \"pointers\": [%llu, %llu, %llu, %llu, %llu, %llu], \"rows\": [%lld, %lld, %lld, %lld, %lld],"
                     " \"groups\": [%lld, %lld, %lld, %lld, %lld], \"scale_steps\": [%lld, %lld],"
-                    " \"sizes\": [%d, %d, %d, %d], \"raster\": %d, \"d_staged\": %d, \"sa_by_bulk\": %d,"
+                    " \"sizes\": [%d, %d, %d, %d], \"raster\": %d, \"d_staged\": %d, \"sa_by_bulk\": %d, \"in_pieces\": [%d, %d],"
                     " \"policy\": %llu, \"pace\": %d}",
                     l.config.grid_x, l.config.grid_y, l.config.grid_z, l.config.block_x, l.config.shared_bytes,
                     l.cluster, (Pointer)l.config.stream, l.function->name, (Pointer)l.function, l.function->device,
                     (Pointer)l.context, maps[0], maps[1], maps[2], (Pointer)p.a_data, (Pointer)p.sa, (Pointer)p.b_data, (Pointer)p.sb,
                     (Pointer)p.d_data, (Pointer)p.layout, p.a_row, p.sa_row, p.b_row, p.sb_row, p.d_row, p.a_group,
                     p.sa_group, p.b_group, p.sb_group, p.d_group, p.sa_k, p.sb_k, p.m, p.n, p.k, p.groups, p.raster,
-                    p.d_staged, p.sa_by_bulk, p.b_policy, p.pace);
+                    p.d_staged, p.sa_by_bulk, p.sa_in_pieces, p.sb_in_pieces, p.b_policy, p.pace);
 }

@@ -195,6 +195,32 @@ def test_deep_stages_are_of_whole_blocks() -> None:
 
 
 @on_stub_gpus
+def test_scales_in_pieces() -> None:
+    """A stage's scales of a row come by one copy if in every stage they lie together, aligned to their size."""
+    plan = Plan(64, 32, 3, depth=4, num_sms=132)
+    whole, other = 1024, 1280  # of K: 8 and 10 blocks
+    for k, sa_strides, offset, pieces in (
+        (whole, (8, 1), 0, [1, 1]),
+        (whole, (12, 1), 0, [1, 1]),
+        (whole, (10, 1), 0, [0, 1]),
+        (whole, (16, 2), 0, [0, 1]),
+        (whole, (1, 100), 0, [0, 1]),
+        (whole, (8, 1), 8, [0, 1]),
+        (other, (12, 1), 0, [0, 0]),
+    ):
+        call = operands(m=100, n=576, k=k)
+        sa = Tensor((100, k // 128), F32, strides=sa_strides)
+        if offset:
+            sa = Tensor((100, k // 128), F32, strides=sa_strides, data=sa.address + offset)
+        call = call._replace(lhs=(call.lhs[0], sa))
+        call.public()
+        for listed in [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k) == (112, 576, k)]:
+            planner.publish(listed.key, plan, True)
+        (found,) = launched(call.without_python)
+        assert found["in_pieces"] == pieces, (k, sa_strides, offset)
+
+
+@on_stub_gpus
 def test_the_pace_of_first_stages() -> None:
     """What memory takes to bring a stage of B to all CTAs counts, and what an SM takes to take in A."""
     for m, bucket, ctas in ((48, 48, 18), (100, 112, 36)):

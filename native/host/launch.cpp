@@ -76,6 +76,11 @@ GemmParams make_params(const fp8gemm_operands& o, const fp8gemm_problem& p) {
     return out;
 }
 
+// Whether `depth` scales from a multiple of `depth` on, along K, lie in one piece, aligned to its size.
+bool in_pieces(const float* scales, int64_t row, int64_t k, int64_t group, int depth) {
+    return k == 1 && row % depth == 0 && group % depth == 0 && reinterpret_cast<uintptr_t>(scales) % (depth * sizeof(float)) == 0;
+}
+
 // Cycles from one of a CTA's first stages to the next. Asked for all at once, they are a queue at the memory in which what is
 // wanted first stands behind what is wanted last. So: half of what memory takes to bring a stage of B to all CTAs, what an SM
 // takes to take in A, and a little more (native/README.md, "The pace of the first stages").
@@ -209,6 +214,10 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
     set_tiles(params, rows, columns, searches ? plan->raster : std::min(plan->raster, rows), clusters);
+    if (p->k % (tile_k * plan->depth) == 0) {
+        params.sa_in_pieces = in_pieces(params.sa, params.sa_row, params.sa_k, params.sa_group, plan->depth);
+        params.sb_in_pieces = in_pieces(params.sb, params.sb_row, params.sb_k, params.sb_group, plan->depth);
+    }
     params.pace = pace_of(*plan, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
     const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);

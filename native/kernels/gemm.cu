@@ -78,7 +78,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
                 const u32 scale_bytes = kTurn == kDepth || kb < blocks_of_k(p) ? tile_scale_bytes : 0;
                 u8 *const a = stage.a + a_row * kTileK, *const b = stage.b;
                 barrier_arrive_expect(full, operand_bytes + scale_bytes);
-                if (!kDeep && scale_bytes) bulk_load(stage.scales[0], sa, scale_bytes, full);
+                if (!kDeep && scale_bytes) bulk_load(stage.scales, sa, scale_bytes, full);
                 if (kShareB && !tile.alone) {                    // B first: of a decode stage it is most
                     const BoxStart at = box_from(kb + b_block, tile.column + b_row, tile.group);
                     tma_load<true>(b + (b_block * kTileN + b_row) * kTileK, p.b, at, full, p.b_policy, pair);
@@ -134,7 +134,7 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
             next = load_float(from, exists && kb + 1 < blocks);
             Stage& stage = ring.stage(s);
             barrier_wait(&stage.empty, ring.phase ^ 1);
-            if (exists) store_float(&stage.scales[0][of_b ? kScalesOfB + lane : row], scale);
+            if (exists) store_float(&stage.scales[of_b ? kScalesOfB + lane : row][0], scale);
             __syncwarp();
             if (lane == 0) barrier_arrive(full + ring.offset);
         }
@@ -142,43 +142,40 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
     if (first) wait_for_first_load();
 }
 
-// Where A's scales don't suit bulk copies, every scale comes by a four-byte copy: no layout needs a transposing pass. The
-// loop over K does what it must and no more: its warps take the consumers' time to issue.
+// Where A's scales don't suit bulk copies, every scale comes by a small copy: no layout needs a transposing pass. Two warps
+// bring A's, a lane each 64th row, the third B's, a lane a segment; what lies in one piece comes by one copy. The code comes
+// from memory, and the first stage waits for it: what stands before the first copy counts by the instruction.
 __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
-    constexpr int kOfA = kDepth * kTileM, kOfB = kDepth * kSegments;             // of a stage
-    constexpr int kCopies = (kOfA + kOfB + kScaleThreads - 1) / kScaleThreads;
+    constexpr int kRows = (kTileM + 63) / 64;
     const int thread = threadIdx.x % 128 - 32, blocks = blocks_of_k(p);
-    const bool across = p.sa_k < p.sa_row;                       // row-major: neighbours copy blocks of one row
-    bool first = true, of_b[kCopies];                            // A's first, then B's
-    int block[kCopies], row[kCopies];                            // this thread's copies: A's row or B's segment of a block
-    u32 to[kCopies];                                             // where in a stage; 0: nowhere
-    for (int c = 0; c < kCopies; ++c) {
-        const int copy = thread + c * kScaleThreads, b = copy - kOfA;
-        of_b[c] = b >= 0, block[c] = of_b[c] ? b / kSegments : across ? copy % kDepth : copy / kTileM;
-        row[c] = of_b[c] ? b % kSegments : across ? copy / kDepth : copy % kTileM;
-        const u32 slot = block[c] * kScaleSlots + row[c] + (of_b[c] ? kScalesOfB : 0);
-        to[c] = keep(block[c] < kDepth ? sizeof(Stage::a) + sizeof(Stage::b) + slot * sizeof(float) : 0);
-    }
+    const bool of_b = thread >= 64;
+    const int place = of_b ? thread - 64 : thread;               // the segment, or the first row of the tile
+    const bool in_one_piece = kDepth > 1 && (of_b ? p.sb_in_pieces : p.sa_in_pieces);
+    const long long step = of_b ? p.sb_k : p.sa_k;               // from block to block
+    const u32 to = keep(shared_address(s.stages[0].scales[(of_b ? kScalesOfB : 0) + place]));
+    bool first = true;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
-        const float* from[kCopies];
-        bool wants[kCopies];                                     // not of rows that A has not, nor of B
-        for (int c = 0; c < kCopies; ++c) {
-            const int at = of_b[c] ? tile.column + row[c] * kSegment : tile.row + row[c], kb = first_block + block[c];
-            from[c] = of_b[c] ? p.sb + tile.group * p.sb_group + at / 128 * p.sb_row + kb * p.sb_k
-                              : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + at * p.sa_row + kb * p.sa_k;
-            wants[c] = to[c] && (of_b[c] ? at < p.n : row[c] < tile.rows);
-        }
+        const int column = tile.column + place * kSegment;
+        const float* from[kRows];
+        from[0] = of_b ? p.sb + tile.group * p.sb_group + column / 128 * p.sb_row
+                       : p.sa + (kKind == kMasked ? tile.group * p.sa_group : 0) + (tile.row + place) * p.sa_row;
+        from[0] += first_block * step;
+        for (int r = 1; r < kRows; ++r) from[r] = from[r - 1] + 64 * p.sa_row;
+        const int end = of_b ? (column < p.n ? kSegments : 0) : min(tile.rows, kTileM);
         if (kScalesAhead && first) wait_for_first_load(), first = false;
         dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
+            const int left = blocks - kb;                        // zeros behind K
             barrier_wait(&stage.empty, ring.phase ^ 1);
-            const bool whole = kb + kDepth <= blocks;            // else zeros behind K
-            for (int c = 0; c < kCopies; ++c) {
-                if (wants[c]) copy_async_4(reinterpret_cast<u8*>(&stage) + to[c], from[c], whole || kb + block[c] < blocks);
-                from[c] += kDepth * (of_b[c] ? p.sb_k : p.sa_k);
+            for (int r = 0; r < kRows; ++r, from[r - 1] += kDepth * step) {
+                const u32 there = to + ring.offset + r * 64 * sizeof stage.scales[0];
+                if (place + r * 64 >= end) continue;
+                if (in_one_piece) copy_async<kDepth * 4>(there, from[r], true);
+                else
+                    for (int j = 0; j < kDepth; ++j) copy_async<4>(there + j * 4, from[r] + j * step, j < left);
             }
             copy_async_arrive(&stage.full);
         }
@@ -195,7 +192,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
     const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a + first_row * kTileK) + slice * a_block);
     const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b + slice * kTileN * kTileK));
     const u32 empty_first = keep(empty_of_first(s));
-    const u32 sb_first = keep(shared_address(&s.stages[0].scales[slice][kScalesOfB]));
+    const u32 sb_first = keep(shared_address(&s.stages[0].scales[kScalesOfB][slice]));
     u32 rounds = 0;
     if (kInTurn && consumer == kConsumers - 1) yield_tensor_core(consumer);      // to the first
     Ring ring;
@@ -220,7 +217,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
 
         float sum[kWaves][kTileN / 2] = {};
         const int scale_row = first_row + warp * 16 % kTileM + lane / 4 + scale_rows(p, tile).lead;
-        const u32 sa_first = keep(shared_address(&s.stages[0].scales[slice][scale_row]));
+        const u32 sa_first = keep(shared_address(&s.stages[0].scales[scale_row][slice]));
         u32 a_stage = a_first + ring.offset / 16, b_stage = b_first + ring.offset / 16;
         int kb = first_block;
         bool landed = false;                                     // the next stage
@@ -252,13 +249,12 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                     for (int i = 0; i < kStageItems; ++i) {
                         const int wave = kDepth > 1 ? 0 : i, block = kDepth > 1 ? i : 0;
                         const u32 sa = sa_first + ring.offset, sb = sb_first + ring.offset;
-                        const int first_slot = block * kScaleSlots;
-                        scale_a[item + i][0] = load_shared(sa, first_slot + wave * 64);
-                        scale_a[item + i][1] = load_shared(sa, first_slot + wave * 64 + 8);
+                        scale_a[item + i][0] = load_shared(sa, wave * 64 * kDepth + block);
+                        scale_a[item + i][1] = load_shared(sa, (wave * 64 + 8) * kDepth + block);
                         if (wave > 0) continue;
 #pragma unroll
                         for (int g = 0; g < kSegments; ++g)
-                            scale_b[(item + i) % kTurn][g] = load_shared(sb, first_slot + g);
+                            scale_b[(item + i) % kTurn][g] = load_shared(sb, g * kDepth + block);
                     }
                 }
                 const u32 a = a_stage + w * 64 * (kTileK / 16) + j * a_block, b = b_stage + j * kTileN * (kTileK / 16);

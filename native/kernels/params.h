@@ -25,7 +25,8 @@ struct GemmParams {
     Divisor by_raster, by_last, by_band;         // by_last: by the rows of the last band; by_band: by the tiles of a whole one
     unsigned short a_box_rows;                   // of A that a CTA loads: fewer than a tile where A is shorter
     unsigned short pace;                         // cycles a stage, of a CTA's first (deep) ones, from where B is first asked for
-    int sa_by_bulk;                              // A's scales have rows fastest, columns 16 bytes aligned
+    unsigned char sa_by_bulk;                    // A's scales have rows fastest, columns 16 bytes aligned
+    unsigned char sa_in_pieces, sb_in_pieces;    // each deep stage's scales of a row lie in one piece, and there are whole stages
     unsigned long long b_policy;                 // L2 cache policy of the weight stream (createpolicy encoding)
     // a, b: (k, row, 1, group), of deep stages (128, row, k / 128, group): one box has several blocks.
     // d: (n, row, 1, group), blocked (panel, row, n / panel, group).

@@ -132,9 +132,9 @@ PTX void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memo
 PTX void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- plain asynchronous copies -------------------------------------------------------------------------------------
-PTX void copy_async_4(void* to, const void* from, bool valid) {  // writes zeros if not valid
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
-                 :: "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
+template <int kBytes> PTX void copy_async(u32 to, const void* from, bool valid) {        // writes zeros if not valid
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :: "r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0) : "memory");
 }
 PTX void copy_async_arrive(u64* barrier) {                       // arrives when this thread's copies have landed
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");

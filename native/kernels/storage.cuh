@@ -10,7 +10,7 @@ namespace fp8gemm {
 struct alignas(1024) Stage {
     u8 a[kDepth * kTileM * kTileK];
     u8 b[kDepth * kTileN * kTileK];
-    float scales[kDepth][kScaleSlots];
+    float scales[kScaleSlots][kDepth];
     u64 full, empty;
 };
 

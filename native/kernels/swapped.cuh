@@ -97,10 +97,10 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
             for (int j = 0; j < kDepth; ++j) {
                 for (int i = 0; i < kWaves * 2; ++i) {
                     const int segment = kSegments > 1 ? (i / 2 * 64 + i % 2 * 8 + row) / kSegment : 0;
-                    scale_b[j][i / 2][i % 2] = stage.scales[j][kScalesOfB + segment];
+                    scale_b[j][i / 2][i % 2] = stage.scales[kScalesOfB + segment][j];
                 }
                 for (int i = 0; i < kTokens / 4; ++i)
-                    scale_a[j][i] = stage.scales[j][i / 2 * 8 + token + i % 2];
+                    scale_a[j][i] = stage.scales[i / 2 * 8 + token + i % 2][j];
             }
             wgmma_wait<0>();
             release(empty_first + ring.offset);

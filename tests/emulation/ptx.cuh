@@ -57,7 +57,7 @@ inline std::vector<Box> boxes;
 inline std::vector<Expect> expects;
 inline u32 rank_in_cluster;
 
-struct Copy { const void *to, *from; bool valid; };              // of four bytes; to null: the end of a turn
+struct Copy { const void *to, *from; bool valid; int bytes = 4; };        // to null: the end of a turn
 inline std::vector<Copy> copies;
 
 inline std::vector<const float*> loads;                          // load_float returns which one it was, from 1 on
@@ -72,17 +72,21 @@ PTX void store_float(float* to, float v) {
     copies.push_back({to, v ? loads[static_cast<size_t>(v) - 1] : nullptr, v != 0});
 }
 PTX float load_shared(u32, int) { return 0; }
-PTX void copy_async_4(void* to, const void* from, bool valid) { copies.push_back({to, from, valid}); }
 PTX void copy_async_arrive(u64* barrier) { copies.push_back({nullptr, barrier, false}); }
 PTX bool laid_first(bool condition) { return condition; }
 PTX u32 keep(u32 value) { return value; }
 PTX u32 keep_uniform(u32 value) { return value; }
-PTX u32 shared_address(const void*) { return 0; }
 // Where the running CTA's shared memory begins; null where nobody asks for addresses.
 inline const void* shared_begin;
+PTX u32 shared_address(const void* p) {
+    return shared_begin ? static_cast<u32>(static_cast<const u8*>(p) - static_cast<const u8*>(shared_begin)) : 0;
+}
+template <int kBytes> PTX void copy_async(u32 to, const void* from, bool valid) {
+    copies.push_back({static_cast<const u8*>(shared_begin) + to, from, valid, kBytes});
+}
 PTX u32 remote_address(const void* p, u32 rank) {
     if (!shared_begin) return 0;
-    return rank << 24 | static_cast<u32>(static_cast<const u8*>(p) - static_cast<const u8*>(shared_begin));
+    return rank << 24 | shared_address(p);
 }
 PTX bool elect_one() { return true; }
 PTX u32 cluster_rank() { return rank_in_cluster; }

@@ -3,17 +3,28 @@
 
 namespace {
 
+// A copy of several scales as that many of one.
+std::vector<Copy> one_by_one(const std::vector<Copy>& copied) {
+    std::vector<Copy> found;
+    for (const Copy& c : copied) {
+        if (reinterpret_cast<u64>(c.from) % c.bytes || reinterpret_cast<u64>(c.to) % c.bytes) fail("not aligned", c.bytes, 0);
+        for (int i = 0; i < c.bytes / 4; ++i)
+            found.push_back({static_cast<const float*>(c.to) + i, static_cast<const float*>(c.from) + i, c.valid});
+    }
+    return found;
+}
+
 // What one fill of a stage must hold: of each block, the scale of each row and of each segment of columns that exists; of
 // A's all but what bulk copies bring.
 void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std::vector<Copy>>& fills,
            const Stage& stage) {
     const int blocks = blocks_of_k(p), last = min(kTileM, max(p.m - tile.row, 0)), bulk = p.sa_by_bulk ? last / 4 * 4 : 0;
-    std::vector<bool> seen(kDepth * kScaleSlots);
+    std::vector<bool> seen(kScaleSlots * kDepth);
     for (const auto& copied : fills)
-        for (const Copy& c : copied) {
+        for (const Copy& c : one_by_one(copied)) {
             const long slot = static_cast<const float*>(c.to) - &stage.scales[0][0];
-            if (slot < 0 || slot >= kDepth * kScaleSlots) fail("outside of the stage's scales", tile.row, tile.column);
-            const int j = static_cast<int>(slot) / kScaleSlots, i = static_cast<int>(slot) % kScaleSlots;
+            if (slot < 0 || slot >= kScaleSlots * kDepth) fail("outside of the stage's scales", tile.row, tile.column);
+            const int j = static_cast<int>(slot) % kDepth, i = static_cast<int>(slot) / kDepth;
             const bool of_a = i < kTileM;
             const int of_b = i - kScalesOfB, column = tile.column + of_b * kSegment;
             if (seen[slot] || (of_a ? i < bulk || i >= last : of_b < 0 || of_b >= kSegments || column >= p.n))
@@ -27,9 +38,9 @@ void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std:
         }
     for (int j = 0; j < kDepth; ++j) {
         for (int i = bulk; i < last; ++i)
-            if (!seen[j * kScaleSlots + i]) fail("A's not copied", j, i);
+            if (!seen[i * kDepth + j]) fail("A's not copied", j, i);
         for (int i = 0; i < kSegments; ++i)
-            if (!seen[j * kScaleSlots + kScalesOfB + i] && tile.column + i * kSegment < p.n) fail("B's not copied", j, i);
+            if (!seen[(kScalesOfB + i) * kDepth + j] && tile.column + i * kSegment < p.n) fail("B's not copied", j, i);
     }
 }
 
@@ -37,17 +48,22 @@ void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std:
 
 int main() {
     static SharedStorage s;
-    static float scales[1];
+    alignas(16) static float scales[1];
+    shared_begin = &s;
     const int sizes[][3] = {{1, 16, 16}, {kTileM, kTileN, 1024}, {3 * kTileM + 7, 2 * kTileN + 24, 1040}, {5, 300, 2176}};
     for (const auto& size : sizes)
-        for (int layout = 0; layout < 3; ++layout) {             // row-major, column-major in bulk, column-major by copies
-            const bool bulk = layout == 1;
-            if (bulk && !kBulkScales) continue;
+        // Row-major, column-major in bulk, column-major by copies; A's in pieces, B's in pieces.
+        for (int layout = 0; layout < 5; ++layout) {
+            const bool bulk = layout == 1, a_in_pieces = layout == 3, b_in_pieces = layout == 4;
+            if ((bulk && !kBulkScales) || (layout > 2 && size[2] % (kTileK * kDepth))) continue;
             GemmParams p{};
             p.m = size[0], p.n = size[1], p.k = size[2], p.groups = 1, p.sa_by_bulk = bulk;
             set_tiles(p, 2, 2);
             p.sa = scales, p.sb = scales + (1 << 20);
             p.sa_row = layout ? 1 : 1000, p.sa_k = layout ? 1000 : 3, p.sb_row = 77, p.sb_k = 2;
+            p.sa_in_pieces = a_in_pieces, p.sb_in_pieces = b_in_pieces;
+            if (a_in_pieces) p.sa_row = 1000, p.sa_k = 1;
+            if (b_in_pieces) p.sb_row = 80, p.sb_k = 1;
             const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn, last = turns * kTurn, stages = last / kDepth;
             for (blockIdx.x = 0; blockIdx.x < p.clusters * kCluster; blockIdx.x += kCluster) {
                 const int threads = bulk ? 32 : kScaleThreads;
@@ -77,7 +93,7 @@ int main() {
                             if (!bulk && all[next].from != &stage.full) fail("another arrival", thread, fill);
                             ++next;
                         }
-                        if (bulk && (fill >= arrivals.size() || arrivals[fill] != fill % kStages * sizeof(Stage)))
+                        if (bulk && (fill >= arrivals.size() || arrivals[fill] != shared_address(&stage.full)))
                             fail("no arrival", fill, 0);
                         check(p, tile, i * kDepth, fills, stage);
                     }
