@@ -170,12 +170,14 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
             Stage& stage = ring.stage(s);
             const int left = blocks - kb;                        // zeros behind K
             barrier_wait(&stage.empty, ring.phase ^ 1);
-            for (int r = 0; r < kRows; ++r, from[r - 1] += kDepth * step) {
+            for (int r = 0; r < kRows; ++r) {
                 const u32 there = to + ring.offset + r * 64 * sizeof stage.scales[0];
-                if (place + r * 64 >= end) continue;
-                if (in_one_piece) copy_async<kDepth * 4>(there, from[r], true);
-                else
-                    for (int j = 0; j < kDepth; ++j) copy_async<4>(there + j * 4, from[r] + j * step, j < left);
+                if (place + r * 64 < end) {
+                    if (in_one_piece) copy_async<kDepth * 4>(there, from[r], true);
+                    else
+                        for (int j = 0; j < kDepth; ++j) copy_async<4>(there + j * 4, from[r] + j * step, j < left);
+                }
+                from[r] += kDepth * step;
             }
             copy_async_arrive(&stage.full);
         }
