@@ -31,7 +31,7 @@ int main() {
     static u16 d[4 * kTileM][8 * kTileN];
     for (int k : {128, 1024, 1040, 2176, 128 * kTurn * 3}) {
         GemmParams p{};
-        p.m = 4 * kTileM, p.n = 8 * kTileN, p.k = k, p.groups = 1, p.a_box_rows = kTileM;
+        p.m = 2 * kTileM + 1, p.n = 8 * kTileN, p.k = k, p.groups = 1, p.a_box_rows = kTileM;        // some consumers idle
         p.d_data = &d[0][0], p.d_row = 8 * kTileN;
         set_tiles(p, 2, 3);
         blockIdx.x = 0;
