@@ -209,9 +209,8 @@ def test_scales_in_pieces() -> None:
         (other, (12, 1), 0, [0, 0]),
     ):
         call = operands(m=100, n=576, k=k)
-        sa = Tensor((100, k // 128), F32, strides=sa_strides)
-        if offset:
-            sa = Tensor((100, k // 128), F32, strides=sa_strides, data=sa.address + offset)
+        aligned = Tensor((100, k // 128), F32, strides=sa_strides)
+        sa = Tensor((100, k // 128), F32, strides=sa_strides, data=aligned.address + offset)
         call = call._replace(lhs=(call.lhs[0], sa))
         call.public()
         for listed in [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k) == (112, 576, k)]:

@@ -76,7 +76,8 @@ constexpr int kSegments = kTileN / kSegment;
 // promotes what is left. Another 1.2% in the mean at K = 512. Not where a turn is two blocks (7% slower), nor where scales would
 // take too many registers.
 constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegments <= 7;
-// A block's scales: of A's rows, then B's of each segment: consumers need not ask where in a tile B's next scale begins.
+// A stage's scales, those of its blocks side by side: of A's rows, then B's of each segment: consumers need not ask where in a
+// tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
 // Columns of a tile that are a consumer's in the end, and of these the ones that it stores: of a split the largest share, whole
 // groups of eight (epilogue.cuh); swapped, all are equal.

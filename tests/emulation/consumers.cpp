@@ -28,7 +28,7 @@ void check(SharedStorage& s, int consumer, size_t tiles, size_t each) {
 
 int main() {
     static SharedStorage s;
-    static u16 d[4 * kTileM][8 * kTileN];
+    static u16 d[3 * kTileM][8 * kTileN];
     for (int k : {128, 1024, 1040, 2176, 128 * kTurn * 3}) {
         GemmParams p{};
         p.m = 2 * kTileM + 1, p.n = 8 * kTileN, p.k = k, p.groups = 1, p.a_box_rows = kTileM;        // some consumers idle
