@@ -168,7 +168,10 @@ def _groups(problem: Problem) -> tuple[int, int]:
 
 
 def raster(problem: Problem, plan: Plan) -> int:
-    """Cluster tiles along M in a band: as square as possible, so that a wave reads the fewest rows of A and B."""
+    """Cluster tiles along M in a band: as square as possible, so that a wave reads the fewest rows of A and B. Where K
+    is split there is one wave, and no band."""
+    if plan.split > 1:
+        return 1
     _, rows = _groups(problem)
     height, width = plan.tile_m * plan.cluster_m, plan.tile_n * plan.cluster_n
     tiles_m = -(-rows // height)

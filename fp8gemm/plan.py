@@ -127,7 +127,7 @@ class Plan(NamedTuple):
         exchanged = self.tile_m * self.tile_n * 4 if self.slices > 1 else 16
         beyond = (64 * self.waves - self.tile_n) * TILE_K if self.swap_ab else 0  # wgmma reads whole waves of B
         total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + exchanged
-        total += 16 * self.consumers
+        total += (8 * self.consumers + 15) // 16 * 16
         return (total + 1023) // 1024 * 1024 + beyond
 
     def violations(self, kind: int, device: Device) -> Iterator[str]:

@@ -93,10 +93,6 @@ CALL(cuModuleGetFunction, void** function, void*, const char* name) {
     return 0;
 }
 CALL(cuFuncSetAttribute, void*, int, int) { return 0; }
-CALL(cuOccupancyMaxActiveClusters, int* clusters, const Function*, const fp8gemm::CUlaunchConfig* config) {
-    *clusters = 120 / config->attributes[0].cluster.x;
-    return 0;
-}
 CALL(cuTensorMapEncodeTiled, void* map, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
      const uint32_t* box, const uint32_t*, int, int swizzle, int promotion, int) {
     Map said{address, {}, {}, {}, static_cast<uint8_t>(rank), static_cast<uint8_t>(type), static_cast<uint8_t>(swizzle),

@@ -235,14 +235,15 @@ def test_the_pace_of_first_stages() -> None:
 
 @on_stub_gpus
 def test_a_launch_of_a_split_k() -> None:
-    """No more clusters than can run at a time, which the driver knows."""
-    call = operands(m=16, n=4096, k=1024)
-    call.public()
-    (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k) == (16, 4096, 1024)]
-    planner.publish(listed.key, Plan(32, 32, 4, split=4, num_sms=132), True)
-    (found,) = launched(call.without_python)
-    assert (found["grid"], found["cluster"]) == ([120, 1, 1], 4)
-    assert found["d_staged"] == 0, "straight from registers"
+    """A cluster for each tile: along the grid's x those of a column, along y the columns."""
+    for m, bucket, split, ctas in ((16, 16, 4, 4), (40, 48, 2, 4)):
+        call = operands(m=m, n=4000, k=1024)
+        call.public()
+        (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n) == (bucket, 4000)]
+        planner.publish(listed.key, Plan(32, 128, 4, split=split, num_sms=132), True)
+        (found,) = launched(call.without_python)
+        assert (found["grid"], found["cluster"]) == ([ctas, 32, 1], split)
+        assert found["d_staged"] == 0, "straight from registers"
 
 
 @on_stub_gpus

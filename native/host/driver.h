@@ -49,7 +49,6 @@ struct CUlaunchConfig {
     X(cuModuleGetFunction, CUfunction*, CUmodule, const char*)                                                         \
     X(cuFuncSetAttribute, CUfunction, int, int)                                                                        \
     X(cuLaunchKernelEx, const CUlaunchConfig*, CUfunction, void**, void**)                                             \
-    X(cuOccupancyMaxActiveClusters, int*, CUfunction, const CUlaunchConfig*)                                          \
     X(cuTensorMapEncodeTiled, void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,          \
       const uint32_t*, int, int, int, int)                                                                             \
     X(cuMemAllocAsync, CUdeviceptr*, size_t, CUstream)                                                                 \

@@ -1,6 +1,5 @@
 // Loads kernels, encodes tensor maps, launches.
 #include <algorithm>
-#include <atomic>
 #include <cinttypes>
 #include <cstddef>
 #include <new>
@@ -16,7 +15,6 @@ struct fp8gemm_kernel {
     int device_id;
     CUfunction function;
     float memory_bytes_per_cycle;                                // of an SM
-    mutable std::atomic<int> resident_clusters{0};               // 0: not asked yet
 };
 
 namespace {
@@ -122,16 +120,6 @@ int launch(const Driver& cu, CUfunction function, const Launch& l, void* params)
     return FP8GEMM_OK;
 }
 
-// Clusters of this size that run at a time: GPCs whose SMs it does not divide leave some idle.
-int resident_clusters(const Driver& cu, const fp8gemm_kernel& kernel, int threads, int shared, int cluster, int* out) {
-    *out = kernel.resident_clusters.load(std::memory_order_relaxed);
-    if (*out) return FP8GEMM_OK;
-    const Launch one(cluster, 1, 1, threads, shared, cluster, false, nullptr);
-    FP8GEMM_CU(cu, cuOccupancyMaxActiveClusters, out, kernel.function, &one.config);
-    kernel.resident_clusters.store(*out, std::memory_order_relaxed);
-    return FP8GEMM_OK;
-}
-
 }  // namespace
 
 int fp8gemm_require_no_capture(int device_id, void* stream) {
@@ -208,9 +196,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     const bool searches = p->kind == FP8GEMM_RAGGED || p->kind == FP8GEMM_MASKED;      // for groups: rows are not known here
     const int cluster = plan->cluster_m * plan->cluster_n * plan->split;
     const int shared = std::max(plan->shared_bytes, kLeastShared);
-    int clusters = plan->num_sms / cluster, resident = clusters;
-    if (cluster > 2) FP8GEMM_TRY(resident_clusters(*cu, *kernel, plan->threads, shared, cluster, &resident));
-    clusters = std::min(clusters, resident);
+    int clusters = plan->num_sms / cluster;
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
     set_tiles(params, rows, columns, searches ? plan->raster : std::min(plan->raster, rows), clusters);
@@ -219,7 +205,9 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
         params.sb_in_pieces = in_pieces(params.sb, params.sb_row, params.sb_k, params.sb_group, plan->depth);
     }
     params.pace = pace_of(*plan, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
-    const Launch all(clusters * cluster, 1, 1, plan->threads, shared, cluster, true, stream);
+    // Where K is split, a cluster has one tile, and the grid says which (plan.cuh): fp8gemm/cost.py sees to it that there are SMs.
+    const bool split = plan->split > 1;
+    const Launch all((split ? rows : clusters) * cluster, split ? columns : 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);
 }
 

@@ -42,27 +42,19 @@ __device__ int own_columns() {
 }
 
 // Before a CTA sends its sums: it says how many it expects itself, and waits until its peers can take them.
-__device__ void open_exchange(SharedStorage& s, int consumer, u32 round, u32 bytes) {
-    const int lane = threadIdx.x % 32;
+__device__ void open_exchange(SharedStorage& s, int consumer, u32 bytes) {
     if (threadIdx.x % 128 == 0) barrier_arrive_expect(&s.parts_full[consumer], bytes);
-    if (round == 0) {
-        if (kShare == 1) cluster_wait();                         // the peers' barriers are set up
-    } else {                                                     // what they sent is read, and what we sent to them
-        u64* empty = &s.parts_empty[consumer];
-        __syncwarp();
-        if (lane < kSplit && lane != split_rank()) barrier_arrive_remote(remote_address(empty, rank_of_part(lane)));
-        barrier_wait(empty, (round - 1) % 2);
-    }
+    if (kShare == 1) cluster_wait();                             // the peers' barriers are set up
 }
 
 // The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
-// order of K, into the first registers. Once a CTA has the last tile's sums, nobody needs it any more: it may end.
-__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32 round) {
+// order of K, into the first registers. Once a CTA has all sums, nobody needs it any more: it may end.
+__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer) {
     constexpr int kEights = kColumns / 8;                        // of a share: four registers of each thread
     constexpr int kBytes = kPartThreads * sizeof(float4);        // of all threads' eight columns
     const int rank = split_rank(), thread = threadIdx.x % 128;
     u64* full = &s.parts_full[consumer];
-    open_exchange(s, consumer, round, own_columns() / 8 * kWaves * (kSplit - 1) * kBytes);
+    open_exchange(s, consumer, own_columns() / 8 * kWaves * (kSplit - 1) * kBytes);
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;
@@ -75,7 +67,7 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
                 store_async_remote(part + i * kBytes, &sum[i / kEights][column / 2], there);
         }
     }
-    barrier_wait(full, round % 2);
+    barrier_wait(full, 0);
 #pragma unroll
     for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
         if (at != rank) continue;
@@ -221,7 +213,7 @@ __device__ void finish_tile(const GemmParams& p, SharedStorage& s, float (&sum)[
         tile.column += consumer * kConsumerN;
     }
     if constexpr (kSplit > 1) {
-        exchange_parts(s, sum, consumer, round);
+        exchange_parts(s, sum, consumer);
         tile.column += columns_before(split_rank());
     }
     store_tile(p, s, sum, rest, tile, consumer);

@@ -97,6 +97,7 @@ __device__ void load_operands(const GemmParams& p, SharedStorage& s, int first_b
             if (kDeep && ++ahead < kStages)                      // as memory brings them: params.h
                 while (cycles() - begun < ahead * p.pace) {}
         }
+        if (kOneTile) break;                                     // the compiler need not find out: plan.cuh
     }
     if (!ready) wait_for_barriers();
     if (!loading) named_barrier_arrive(kLoading, kThreads);      // a share of K may be empty
@@ -143,6 +144,7 @@ __device__ void load_other_scales(const GemmParams& p, SharedStorage& s, int fir
             __syncwarp();
             if (lane == 0) barrier_arrive(full + ring.offset);
         }
+        if (kOneTile) break;
     }
     if (first) wait_for_first_load();
 }
@@ -186,6 +188,7 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
             }
             copy_async_arrive(&stage.full);
         }
+        if (kOneTile) break;
     }
     if (kScalesAhead && first) wait_for_first_load();
 }
@@ -218,6 +221,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
                 if (kInTurn) take_tensor_core(consumer), yield_tensor_core(consumer);
                 release(empty_first + ring.offset);
             }
+            if (kOneTile) break;
             more = kFirstApart && tiles.next(next);
             continue;
         }
@@ -307,6 +311,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         if (kLastApart && kb < last_block) await(), turn(No{}, Yes{});
         else if (kLastApart) wait_for_staging(consumer), rest = {};              // the first was the last
         finish_tile(p, s, sum, rest, tile, consumer, rounds);
+        if (kOneTile) break;
     }
     if (kStoredByTma && threadIdx.x % 128 == 0 && p.d_staged) tma_store_wait();
 }

@@ -30,6 +30,9 @@ constexpr int kTileK = 128;                                      // bytes, e4m3 
 constexpr int kStages = STAGES;
 constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N;      // CTAs that share a B tile, an A tile
 constexpr int kSplit = SPLIT;                                    // CTAs of a cluster that share the K of one tile
+// A cluster that splits K has one tile. Then nothing is divided to find it, no loop's state is set up, and the first load comes
+// 30 to 45 instructions sooner, from memory.
+constexpr bool kOneTile = kSplit > 1;
 constexpr int kShare = kClusterM * kClusterN, kCluster = kShare * kSplit;
 constexpr int kDepth = DEPTH;                                    // blocks of K in a stage
 constexpr int kSlices = SLICES;                                  // consumers that share a stage's blocks, one each

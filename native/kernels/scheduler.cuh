@@ -2,7 +2,7 @@
 //
 // Tiles are numbered in bands of `raster` cluster tiles along M, down each column of the band first, so that the tiles
 // that run at one time share A and B in L2. Cluster c takes tiles c, c + clusters, ... Along M the tiles of all groups
-// follow one another; each group begins a new one.
+// follow one another; each group begins a new one. Where a cluster has one tile, the grid says which.
 // Group sizes come from the device. Whatever they say, rows stay inside [0, m): nonsense can't reach foreign memory.
 // They are read more than once, and must not change meanwhile.
 #pragma once
@@ -37,7 +37,8 @@ public:
             } while (!take_segment(tile));
         } else {
             const int rows = kSearches ? row_tiles * kTileM : p.m;
-            if (index >= (kSearches ? ceil_div(rows, kRows) * p.columns : p.tiles)) return false;
+            if (kOneTile ? taken : index >= (kSearches ? ceil_div(rows, kRows) * p.columns : p.tiles)) return false;
+            taken = true;
             place(tile, rows);
             tile.group = tile.alone = 0;
             if constexpr (kSearches) find_group(tile);
@@ -51,6 +52,7 @@ private:
 
     const GemmParams& p;
     int index;                                   // of the next cluster tile
+    bool taken = false;                          // the cluster's one tile
     int row_tiles = 0;                           // along M, of all groups
     // A window of 32 groups, one a lane: first row, rows, and the tiles along M up to the group's last.
     int window = -32, lane_start = 0, lane_rows = 0, lane_end = 0;
@@ -61,7 +63,9 @@ private:
     __device__ void place(Tile& tile, int rows) {
         const int rank = share_rank();
         int m = 0, n = index;
-        if (rows > kRows) {                      // one row of tiles starts sooner without the divisions
+        if constexpr (kOneTile) {
+            m = blockIdx.x / kCluster, n = blockIdx.y;
+        } else if (rows > kRows) {               // one row of tiles starts sooner without the divisions
             const int band = divide(index, p.by_band), first = band * p.raster, in_band = index - first * p.columns;
             const int height = min(p.raster, ceil_div(rows, kRows) - first);
             n = height == p.raster ? divide(in_band, p.by_raster)

@@ -19,7 +19,7 @@ struct SharedStorage {
     u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
     float4 slices[kSlices][kSlices > 1 ? kTileN / 16 * 128 : 1];         // the other consumer's sums
-    u64 parts_full[kConsumers], parts_empty[kConsumers];
+    u64 parts_full[kConsumers];
 };
 // With operands swapped, wgmma reads whole waves of B, and so behind the last stage's last tile.
 constexpr int kBeyond = kSwapAB ? (kWaves * 64 - kTileN) * kTileK : 0;
@@ -35,8 +35,7 @@ __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
         barrier_init(&s.stages[i].full, arrivals);
         barrier_init(&s.stages[i].empty, kConsumers * 4 * kShare);
     }
-    if (kSplit > 1 && warp < kConsumers)
-        barrier_init(&s.parts_full[warp], 1), barrier_init(&s.parts_empty[warp], 4 * (kSplit - 1));
+    if (kSplit > 1 && warp < kConsumers) barrier_init(&s.parts_full[warp], 1);
     fence_barrier_init();
 }
 

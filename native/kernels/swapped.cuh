@@ -17,10 +17,10 @@ constexpr int kTokens = kSwapAB ? kTileM : 8;                    // of a tile; i
 constexpr int kSwappedRegisters = kWaves * kTokens / 2;          // of a thread's sums
 
 // The CTAs that share a tile's K: each adds up the sums of some warps' rows of B, in the order of K.
-__device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegisters], u32& round) {
+__device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegisters]) {
     constexpr int kThreadsEach = 128 / kSplit;
     const int rank = split_rank(), thread = threadIdx.x % 128, owner = thread / kThreadsEach;
-    open_exchange(s, 0, round, sizeof s.parts);
+    open_exchange(s, 0, sizeof s.parts);
     if (owner != rank) {
         const u32 part = remote_address(&s.parts[rank - (rank > owner)][0][thread % kThreadsEach], owner);
         const u32 there = remote_address(&s.parts_full[0], owner);
@@ -28,7 +28,7 @@ __device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegister
         for (int i = 0; i < kSwappedRegisters; i += 4)
             store_async_remote(part + i / 4 * kThreadsEach * sizeof(float4), &sum[i], there);
     }
-    barrier_wait(&s.parts_full[0], round++ % 2);
+    barrier_wait(&s.parts_full[0], 0);
     if (owner != rank) return false;
 #pragma unroll
     for (int i = 0; i < kSwappedRegisters; i += 4) {
@@ -71,7 +71,6 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
     const u32 a_first = keep_uniform(wgmma_address(s.stages[0].a));
     const u32 b_first = keep_uniform(wgmma_address(s.stages[0].b));
     const u32 a_block = p.a_box_rows * (kTileK / 16), empty_first = keep(empty_of_first(s));
-    u32 rounds = 0;
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
@@ -113,12 +112,13 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
                 }
         }
         if constexpr (kSplit > 1)                                // the vote: see multiply()
-            if (!__any_sync(0xffffffff, exchange_swapped(s, sum, rounds))) continue;
+            if (!__any_sync(0xffffffff, exchange_swapped(s, sum))) break;
         u16* d = p.d_data + (kKind == kMasked ? tile.group * p.d_group : 0) + tile.row * p.d_row + tile.column;
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
             store_swapped(p, sum + w * (kTokens / 2), d + w * 64, min(tile.rows, kTokens),
                           min(p.n - tile.column, kTileN) - w * 64);
+        if (kOneTile) break;
     }
 }
 

@@ -16,6 +16,15 @@ inline void set_tiles(GemmParams& p, int raster, int clusters) {         // of p
     set_tiles(p, count(p.m, kTileM * kClusterM), count(p.n, kTileN * kClusterN), raster, clusters);
 }
 
+// As each cluster that a dense launch has, its first CTA.
+template <class Body>
+void for_each_cluster(const GemmParams& p, Body body) {
+    const int columns = kOneTile ? p.columns : 1, in_row = kOneTile ? p.tiles / p.columns : p.clusters;
+    for (blockIdx.y = 0; blockIdx.y < columns; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < in_row * kCluster; blockIdx.x += kCluster) body();
+    blockIdx = {};
+}
+
 [[noreturn]] inline void fail(const char* what, int at, int x) {
     printf("%s: %d, %d\n", what, at, x);
     exit(1);

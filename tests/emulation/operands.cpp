@@ -1,6 +1,6 @@
 // Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive
 // where, all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too
-// soon); that the consumers are told once, that a CTA stays until its peer is done with each stage, and that as many consumers
+// soon); that all clusters together have each tile once, that the consumers are told once, that a CTA stays until its peer is done with each stage, and that as many consumers
 // give a stage back as its barrier waits for.
 #include "kernel.h"
 
@@ -62,6 +62,23 @@ void check_pace(const GemmParams& p) {
     }
 }
 
+void check_tiles(const GemmParams& p) {
+    const int rows = (p.m + kTileM - 1) / kTileM, columns = (p.n + kTileN - 1) / kTileN;
+    std::vector<int> seen(rows * columns);
+    for_each_cluster(p, [&] {
+        for (rank_in_cluster = kPair; rank_in_cluster < kPair + kShare; ++rank_in_cluster) {
+            Scheduler tiles(p);
+            for (Tile tile; tiles.next(tile);) {
+                const int i = tile.row / kTileM, j = tile.column / kTileN;
+                if (tile.rows != p.m - tile.row) fail("other rows", tile.row, tile.rows);
+                if (i < rows && j < columns) ++seen[i * columns + j];
+            }
+        }
+    });
+    for (int i = 0; i < rows * columns; ++i)
+        if (seen[i] != 1) fail("a tile, not once", i, seen[i]);
+}
+
 void check_releases(SharedStorage& s) {
     const u64* empty = &s.stages[0].empty;
     shared_begin = &s;
@@ -85,6 +102,7 @@ int main() {
             if (bulk && !kBulkScales) continue;
             GemmParams p = make_params(size[0], size[1], size[2], bulk);
             if (kDeep) p.k = blocks_of_k(p) * kTileK;            // stages of whole blocks only
+            check_tiles(p);
             p.sa = scales;
             const int blocks = blocks_of_k(p), turns = (blocks + kTurn - 1) / kTurn, last = turns * kTurn;
             const int a_rows = kDeep ? p.a_box_rows : kTileM;       // from one block to the next

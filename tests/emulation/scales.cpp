@@ -65,7 +65,7 @@ int main() {
             if (a_in_pieces) p.sa_row = 1000, p.sa_k = 1;
             if (b_in_pieces) p.sb_row = 80, p.sb_k = 1;
             const int turns = (blocks_of_k(p) + kTurn - 1) / kTurn, last = turns * kTurn, stages = last / kDepth;
-            for (blockIdx.x = 0; blockIdx.x < p.clusters * kCluster; blockIdx.x += kCluster) {
+            for_each_cluster(p, [&] {
                 const int threads = bulk ? 32 : kScaleThreads;
                 std::vector<std::vector<Copy>> of_thread;
                 arrivals.clear();
@@ -100,7 +100,7 @@ int main() {
                 if (bulk && fill != arrivals.size()) fail("more arrivals than there are stages", fill, 0);
                 for (int thread = 0; thread < threads; ++thread)
                     if (at[thread] != of_thread[thread].size()) fail("more than there is", thread, fill);
-            }
+            });
         }
     printf("ok\n");
 }
