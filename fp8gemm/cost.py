@@ -83,9 +83,12 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 
 
 def suits(problem: Problem, plan: Plan) -> bool:
-    """False for deep stages where K is not whole blocks, and for splits of K where clusters have more than one tile."""
-    whole = plan.depth == 1 or problem.k % TILE_K == 0
-    return whole and (plan.split == 1 or cluster_tiles(problem, plan) <= clusters(plan))
+    """False for deep stages where K is not whole blocks, for kernels of one tile a cluster where there are more, and,
+    where there are not, for those with deep stages that walk over tiles."""
+    if plan.depth > 1 and problem.k % TILE_K:
+        return False
+    fits = problem.kind == native.DENSE and cluster_tiles(problem, plan) <= clusters(plan)
+    return fits if plan.walks_over_one else plan.depth == 1 or not fits
 
 
 def cluster_tiles(problem: Problem, plan: Plan) -> int:
@@ -168,9 +171,9 @@ def _groups(problem: Problem) -> tuple[int, int]:
 
 
 def raster(problem: Problem, plan: Plan) -> int:
-    """Cluster tiles along M in a band: as square as possible, so that a wave reads the fewest rows of A and B. Where K
-    is split there is one wave, and no band."""
-    if plan.split > 1:
+    """Cluster tiles along M in a band: as square as possible, so that a wave reads the fewest rows of A and B. Of
+    one tile a cluster there is one wave, and no band."""
+    if plan.walks_over_one:
         return 1
     _, rows = _groups(problem)
     height, width = plan.tile_m * plan.cluster_m, plan.tile_n * plan.cluster_n

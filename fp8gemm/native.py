@@ -73,6 +73,7 @@ class Plan(Structure):
             "split",
             "slices",
             "swap_ab",
+            "one_tile",
             "shared_bytes",
             "threads",
             "num_sms",

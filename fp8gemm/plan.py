@@ -1,8 +1,8 @@
 """Plans: how a problem is computed on a Hopper GPU.
 
-A plan has two halves. The compiled half (tile, stages, cluster, depth, split, slices, swap_ab) goes into the kernel as
-macros and, with the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments.
-`Plan.violations` says what is legal; whether deep stages and a split of K suit a problem's size, `cost.suits`.
+A plan has two halves. The compiled half (tile, stages, cluster, depth, split, slices, swap_ab, one_tile) goes into the
+kernel as macros and, with the kind, keys a cubin; the launch half (num_sms, raster, b_policy) are kernel arguments.
+`Plan.violations` says what is legal; what of it suits a problem's size, `cost.suits`.
 """
 
 import functools
@@ -15,7 +15,7 @@ from . import native
 from .device import Device
 from .errors import PlanError
 
-SPACE_VERSION = 4  # of the fields of Plan and their meaning: a stored plan of another version is not read
+SPACE_VERSION = 5  # of the fields of Plan and their meaning: a stored plan of another version is not read
 K_ASCENDING = "k ascending"  # the reduction that is batch-invariant: a row's bits depend on nothing but the row
 TILE_K = 128  # one scale block, one swizzled row of shared memory
 
@@ -51,7 +51,8 @@ class Plan(NamedTuple):
 
     Of a cluster, `cluster_m` CTAs share a B tile, or `cluster_n` an A tile, or `split` share the K of one tile of D.
     A stage holds `depth` blocks (of 128) of K. Two `slices`: two consumers multiply one of these each, for all of the
-    tile. With `swap_ab` wgmma's rows are B's, for few rows of A.
+    tile. With `swap_ab` wgmma's rows are B's, for few rows of A. With `one_tile`, as with any split of K, a cluster has
+    one tile: its kernel has no loop over tiles, and its first load comes sooner.
     """
 
     tile_m: int
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
     split: int = 1
     slices: int = 1
     swap_ab: int = 0
+    one_tile: int = 0
     num_sms: int = 1
     raster: int = 1
     b_policy: str = "evict_normal"
@@ -70,6 +72,11 @@ class Plan(NamedTuple):
     @property
     def cluster(self) -> int:
         return self.cluster_m * self.cluster_n * self.split
+
+    @property
+    def walks_over_one(self) -> bool:
+        """Whether a cluster has one tile, which the grid names."""
+        return bool(self.one_tile) or self.split > 1
 
     @property
     def reduction(self) -> str:
@@ -165,6 +172,10 @@ class Plan(NamedTuple):
             yield f"slices {self.slices}: allowed in clusters and for dense problems, whose CTAs have few tiles"
         if self.slices > 1 and self.split == 1 and self.tile_n % 32:
             yield f"slices {self.slices} for tile_n {self.tile_n}: must be a multiple of 32 where K is not split"
+        if self.one_tile not in (0, 1):
+            yield f"one_tile {self.one_tile}, allowed are 0 and 1"
+        elif self.one_tile and (self.depth == 1 or self.split > 1 or kind != native.DENSE):
+            yield f"one_tile, depth {self.depth}, split {self.split}: for deep stages of dense problems, K not split"
         if self.depth not in DEPTHS:
             yield f"depth {self.depth}, allowed are {DEPTHS}"
         if self.depth > 1 and (self.tile_m > 128 or self.tile_n > 128):
@@ -202,13 +213,14 @@ class Plan(NamedTuple):
             "SPLIT": self.split,
             "SLICES": self.slices,
             "SWAP_AB": self.swap_ab,
+            "ONE_TILE": int(self.walks_over_one),
             "KIND": kind,
             "SMEM_BYTES": self.shared_bytes,
         }
         return Kernel("gemm.cu", "fp8gemm_gemm", tuple(macros.items()))
 
     def native(self) -> native.Plan:
-        fields = self._asdict() | {"b_policy": L2_POLICIES[self.b_policy]}
+        fields = self._asdict() | {"b_policy": L2_POLICIES[self.b_policy], "one_tile": self.walks_over_one}
         return native.Plan(**fields, shared_bytes=self.shared_bytes, threads=self.threads)
 
     def __str__(self) -> str:
@@ -217,7 +229,8 @@ class Plan(NamedTuple):
         split = f" split {self.split}" if self.split > 1 else ""
         slices = f" slices {self.slices}" if self.slices > 1 else ""
         swapped = " swapped" if self.swap_ab else ""
-        compiled = f"{self.tile_m}x{self.tile_n}{swapped} stages {self.stages}{depth}{cluster}{split}{slices}"
+        one = " one tile" if self.one_tile else ""
+        compiled = f"{self.tile_m}x{self.tile_n}{swapped} stages {self.stages}{depth}{cluster}{split}{slices}{one}"
         policy = "" if self.b_policy == "evict_normal" else f" {self.b_policy}"
         return f"{compiled} sms {self.num_sms} raster {self.raster}{policy}"
 
@@ -257,11 +270,13 @@ def compiled_space(kind: int, device: Device) -> tuple[Plan, ...]:
     tiles += [(*tile, 1) for tile in itertools.product(SWAPPED_TILE_MS, SWAPPED_TILE_NS)]
     for (tile_m, tile_n, swap), shared, depth, slices in itertools.product(tiles, sharing, DEPTHS, SLICES):
         cluster_m, cluster_n, split = shared
-        most = Plan(tile_m, tile_n, MAX_STAGES, cluster_m, cluster_n, depth, split, slices, swap, device.sms)
+        most = Plan(tile_m, tile_n, MAX_STAGES, cluster_m, cluster_n, depth, split, slices, swap, num_sms=device.sms)
         while most.stages >= MIN_STAGES and any(most.violations(kind, device)):
             most = most._replace(stages=most.stages - 1)
         counts = {most.stages}
         if tile_m <= 64 and depth > 1:
             counts |= {round(bytes_ahead / (depth * tile_n * TILE_K)) for bytes_ahead in FEWER_BYTES_AHEAD}
-        plans += [most._replace(stages=n) for n in sorted(counts) if MIN_STAGES <= n <= most.stages]
+        one_tile = (0, 1) if depth > 1 and split == 1 and kind == native.DENSE else (0,)
+        found = [most._replace(stages=n) for n in sorted(counts) if MIN_STAGES <= n <= most.stages]
+        plans += [plan._replace(one_tile=one) for plan in found for one in one_tile]
     return tuple(plans)

@@ -239,7 +239,7 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
     for kernel in kernels():
         macros = dict(kernel.macros)
         if kernel.source == "gemm.cu":
-            told_apart = ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT", "SLICES", "SWAP_AB")
+            told_apart = ("KIND", "CLUSTER_M", "CLUSTER_N", "TILE_M", "DEPTH", "SPLIT", "SLICES", "SWAP_AB", "ONE_TILE")
             wanted[tuple(macros[name] for name in told_apart)] = kernel
         else:
             wanted[kernel.function, *macros.values()] = kernel

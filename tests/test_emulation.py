@@ -34,6 +34,9 @@ PLANS = [
     Plan(64, 64, 6, cluster_m=2, depth=2, slices=2),
     Plan(64, 80, 5, cluster_m=2, depth=2, split=2, slices=2),
     Plan(64, 48, 5, cluster_n=2, split=2),
+    Plan(64, 64, 6, cluster_m=2, depth=2, one_tile=1),
+    Plan(64, 32, 4, cluster_n=2, depth=4, one_tile=1),
+    Plan(8, 48, 4, depth=4, swap_ab=1, one_tile=1),
 ]
 SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
     Plan(64, 64, 4, depth=2, split=4),

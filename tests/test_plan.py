@@ -59,6 +59,9 @@ def test_legal_plan() -> None:
         (SLICED | {"depth": 4, "stages": 3}, ["slices 2 of tile_m 64, depth 4", "64 rows, a block each"]),
         (SLICED | {"cluster_n": 1}, ["slices 2: allowed in clusters and for dense problems"]),
         (SLICED | {"tile_n": 80}, ["slices 2 for tile_n 80: must be a multiple of 32 where K is not split"]),
+        ({"one_tile": 2}, ["one_tile 2, allowed are 0 and 1"]),
+        ({"one_tile": 1}, ["one_tile, depth 1, split 1: for deep stages of dense problems"]),
+        (SLICED | {"one_tile": 1, "split": 2}, ["one_tile, depth 2, split 2", "K not split"]),
         ({"depth": 3, "stages": 2, "tile_n": 64}, ["depth 3, allowed are (1, 2, 4)"]),
         ({"depth": 2, "stages": 2, "tile_n": 144}, ["depth 2 for a tile of 128 x 144, allowed up to 128 x 128"]),
         ({"stages": 7}, ["bytes of shared memory", H100.name, "232448"]),
@@ -99,8 +102,8 @@ def test_violations_of_groups(kind: int) -> None:
 
 
 def test_every_violation_is_told() -> None:
-    broken = Plan(100, 50, 100, 3, 3, 3, 7, 4, 0, 1000, -1, "x")
-    assert len(list(broken.violations(native.DENSE, H100))) == 12
+    broken = Plan(100, 50, 100, 3, 3, 3, 7, 4, 0, 2, 1000, -1, "x")
+    assert len(list(broken.violations(native.DENSE, H100))) == 13
 
 
 @each_device
@@ -178,24 +181,30 @@ def test_default_plan_is_legal(problem: Problem, gpu: Device, data: st.DataObjec
     assert cost.predict(problem, picked, gpu) == min(cost.predict(problem, p, gpu) for p in others)
 
 
-def test_k_is_split_for_one_wave_only() -> None:
-    """A cluster that splits K has one tile at most, and tiles of groups are not split: nobody can count them."""
-    splits = [p for p in compiled_space(native.DENSE, H100) if p.split > 1]
+def test_one_tile_is_for_one_wave_only() -> None:
+    """A cluster that splits K has one tile at most, and tiles of groups are not split: nobody can count them. Deep
+    stages that do not split it have a kernel for one tile and one for more."""
+    some = [p for p in compiled_space(native.DENSE, H100) if p.walks_over_one]
+    others = {p._replace(one_tile=0) for p in some if p.split == 1}
+    assert others == {p for p in compiled_space(native.DENSE, H100) if p.depth > 1 and not p.walks_over_one}
     for m, (n, k) in itertools.product((1, 128, 300, 8192), WEIGHTS):
-        for p in splits:
+        for p in some:
             tiles = ceil_div(ceil_div(m, p.tile_m), p.cluster_m) * ceil_div(n, p.tile_n * p.cluster_n)
             fits = tiles <= cost.clusters(p)
-            assert (cost.predict(Problem(native.DENSE, m, n, k), p, H100) < math.inf) == fits
+            problem = Problem(native.DENSE, m, n, k)
+            assert (cost.predict(problem, p, H100) < math.inf) == fits
+            if p.one_tile:
+                assert cost.suits(problem, p._replace(one_tile=0)) != fits
     for kind in (native.CONTIGUOUS, native.RAGGED, native.MASKED):
-        assert {p.split for p in compiled_space(kind, H100)} == {1}
+        assert not any(p.walks_over_one for p in compiled_space(kind, H100))
 
 
 def test_deep_stages_hold_whole_blocks() -> None:
     """Where the last block of K is not whole, plans have stages of one block, and so has the default."""
     for kind in range(4):
-        deep = [p for p in compiled_space(kind, H100) if p.depth > 1 and p.split == 1]
+        deep = [p for p in compiled_space(kind, H100) if p.depth > 1]
         for k, suit in ((7168, True), (7184, False)):
-            assert {cost.suits(Problem(kind, 1, 4096, k, 1), p) for p in deep} == {suit}
+            assert any(cost.suits(Problem(kind, 1, 4096, k, 1), p) for p in deep) == suit
     assert cost.default_plan(Problem(native.DENSE, 1, 4096, 7168), H100, H100.sms).depth > 1
     assert cost.default_plan(Problem(native.DENSE, 1, 4096, 7184), H100, H100.sms).depth == 1
 
@@ -203,10 +212,10 @@ def test_deep_stages_hold_whole_blocks() -> None:
 @settings(max_examples=150)
 @given(problems, st.sampled_from(HOPPERS), st.data())
 def test_raster(problem: Problem, gpu: Device, data: st.DataObject) -> None:
-    """A band is no higher than there are tiles, and bands are of nearly one height; a split of K has none."""
+    """A band is no higher than there are tiles, and bands are of nearly one height; one tile has none."""
     some = data.draw(st.sampled_from(compiled_space(problem.kind, gpu)))
     raster = cost.raster(problem, some)
-    if some.split > 1:
+    if some.walks_over_one:
         assert raster == 1
         return
     _, rows = cost._groups(problem)
@@ -498,10 +507,11 @@ def schedulers(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     (folder / "harness.cpp").write_text(HARNESS)
 
     def compile(kind: int, tile: tuple[int, int, int, int]) -> Any:
-        names = ("TILE_M", "TILE_N", "CLUSTER_M", "CLUSTER_N", "KIND", "STAGES", "DEPTH", "SPLIT", "SLICES", "SWAP_AB")
-        macros = [f"-D{name}={value}" for name, value in zip(names, (*tile, kind, 2, 1, 1, 1, 0), strict=True)]
+        macros = dict(Plan(tile[0], tile[1], 2, *tile[2:]).kernel(kind).macros)
+        macros.pop("SMEM_BYTES")  # no storage here
         library = folder / f"{kind}_{'_'.join(map(str, tile))}.so"
-        flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", *macros, "-o", str(library)]
+        defined = [f"-D{name}={value}" for name, value in macros.items()]
+        flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", *defined, "-o", str(library)]
         subprocess.run(["g++", "harness.cpp", *flags], cwd=folder, check=True)
         return ctypes.CDLL(str(library))
 

@@ -123,11 +123,11 @@ def test_other_launches_are_other_launches() -> None:
     """112 tiles are one wave on 112 SMs and more; three rows of cluster tiles make no band of four."""
     task = Task(Problem(0, 16, 7168, 2048), H100.name, H100.sms, H100.sms)
     plan = Plan(16, 64, 4, depth=2, swap_ab=1, num_sms=H100.sms)
-    fewer = space.fewer_sms(plan, task)
+    one = plan._replace(one_tile=1)
+    assert space.fewer_sms(one, task) == [one._replace(num_sms=112)], "of few rows with one policy"
+    fewer = space.fewer_sms(plan._replace(swap_ab=0, tile_m=32), task._replace(problem=Problem(0, 16, 24576, 2048)))
     counts = [other.num_sms for other in fewer if isinstance(other, Plan)]
-    assert counts == sorted(counts)
-    assert counts[-1] == 112
-    assert len(fewer) == len(set(counts)), "of few rows with one policy"
+    assert counts == sorted(set(counts)) != []
     assert {other.b_policy for other in fewer if isinstance(other, Plan)} == {"evict_normal"}
     grouped = Task(Problem(native.MASKED, 16, 7168, 2048, groups=8, expected_m=16), H100.name, H100.sms, H100.sms)
     for more in (task._replace(problem=task.problem._replace(m=space.FEW_ROWS + 1)), grouped):

@@ -38,7 +38,7 @@ fp8gemm_tensor tensor(uintptr_t at, int device, int bits, int code, int64_t rows
 void put(const fp8gemm_key& key, int i) {
     fp8gemm_entry entry{};
     entry.key = key, entry.kernel = kernels[key.device_id][i];
-    entry.plan = {128, 128, 4, 1, 1, 1, 1, 1, 0, 1000, 384, 100, 1, static_cast<uint64_t>(i)};
+    entry.plan = {128, 128, 4, 1, 1, 1, 1, 1, 0, 0, 1000, 384, 100, 1, static_cast<uint64_t>(i)};
     entry.from_store = 1;
     require(!fp8gemm_put(&entry), "put");
 }

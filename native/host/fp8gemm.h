@@ -62,7 +62,7 @@ typedef struct {                                /* what a plan is chosen for: no
 
 /* ---- plans ---------------------------------------------------------------------------------------------------------- */
 typedef struct {
-    int32_t tile_m, tile_n, stages, cluster_m, cluster_n, depth, split, slices, swap_ab;        /* compiled */
+    int32_t tile_m, tile_n, stages, cluster_m, cluster_n, depth, split, slices, swap_ab, one_tile;  /* compiled */
     int32_t shared_bytes, threads;                              /* follow from them; a launch asks for 116 KB at least */
     int32_t num_sms, raster;                                    /* launch */
     uint64_t b_policy;

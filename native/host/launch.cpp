@@ -205,9 +205,9 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
         params.sb_in_pieces = in_pieces(params.sb, params.sb_row, params.sb_k, params.sb_group, plan->depth);
     }
     params.pace = pace_of(*plan, clusters * cluster, a.rows, kernel->memory_bytes_per_cycle);
-    // Where K is split, a cluster has one tile, and the grid says which (plan.cuh): fp8gemm/cost.py sees to it that there are SMs.
-    const bool split = plan->split > 1;
-    const Launch all((split ? rows : clusters) * cluster, split ? columns : 1, 1, plan->threads, shared, cluster, true, stream);
+    // Of one tile a cluster, the grid says which (plan.cuh). fp8gemm/cost.py sees to it that there are SMs for all.
+    const bool one = plan->one_tile;
+    const Launch all((one ? rows : clusters) * cluster, one ? columns : 1, 1, plan->threads, shared, cluster, true, stream);
     return launch(*cu, kernel->function, all, &params);
 }
 

@@ -12,6 +12,7 @@
 #define SPLIT 1
 #define SLICES 1
 #define SWAP_AB 0
+#define ONE_TILE 0
 #define KIND 0
 #endif
 
@@ -30,9 +31,9 @@ constexpr int kTileK = 128;                                      // bytes, e4m3 
 constexpr int kStages = STAGES;
 constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N;      // CTAs that share a B tile, an A tile
 constexpr int kSplit = SPLIT;                                    // CTAs of a cluster that share the K of one tile
-// A cluster that splits K has one tile. Then nothing is divided to find it, no loop's state is set up, and the first load comes
-// 30 to 45 instructions sooner, from memory.
-constexpr bool kOneTile = kSplit > 1;
+// Whether a cluster has one tile, which the grid names. Nothing is divided to find it then, no loop's state is set up, and the
+// first load comes 30 to 45 instructions sooner; they come from memory.
+constexpr bool kOneTile = ONE_TILE;
 constexpr int kShare = kClusterM * kClusterN, kCluster = kShare * kSplit;
 constexpr int kDepth = DEPTH;                                    // blocks of K in a stage
 constexpr int kSlices = SLICES;                                  // consumers that share a stage's blocks, one each
@@ -113,6 +114,8 @@ static_assert(kSwapAB || kDepth == 1 || (kWaves == 1 && kDepth % kShare == 0), "
 static_assert(!kBulkScales || kScalesAhead, "beside bulk copies, warps that copy scales wait for the first load");
 static_assert(kSwapAB || kDepth == 1 || kTwoPartials, "a deep stage is multiplied in one turn");
 static_assert(kKind != kContiguous || kTileM <= 128, "segments are aligned to 128 rows only");
+static_assert(!kOneTile || kKind == kDense, "of groups nobody knows on the host how many tiles there are");
+static_assert(kOneTile || kSplit == 1, "the sums of a split K are exchanged once");
 static_assert(kKind == kDense || kConsumers <= 2, "three consumers have no registers to look for groups");
 
 }  // namespace fp8gemm
