@@ -261,9 +261,9 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             assert ("UTMASTG" in found) == (p.staged and p.depth == 1)
             assert ("MULTICAST" in sass) == (macros["CLUSTER_M"] * macros["CLUSTER_N"] > 1)
             assert sass.index("UTMALDG") < sass.index("QGMMA"), f"{kernel}: the way to the first load is not laid first"
-            if macros["ONE_TILE"] and p.depth > 1:  # with a loop over tiles it is 130 to 150
+            if macros["ONE_TILE"] and p.depth > 1 and "MULTICAST" not in sass:  # with a loop over tiles 100 to 130
                 ahead = sum(instructions(sass[: sass.index("UTMALDG")]).values())
-                assert ahead < 120, f"{kernel}: {ahead} instructions ahead of the first load"
+                assert ahead < 96, f"{kernel}: {ahead} instructions ahead of the first load"
             assert not any(re.search(r"\bLDC\b", line) for line in wgmma_loop(sass, p)), f"{kernel} waits for constants"
             moved = [line for line in wgmma_loop(sass, p) if "R2UR" in line]
             # Of some kernels the ring's phase, once a turn, which no wgmma reads.
