@@ -88,7 +88,7 @@ def suits(problem: Problem, plan: Plan) -> bool:
     if plan.depth > 1 and problem.k % TILE_K:
         return False
     fits = problem.kind == native.DENSE and cluster_tiles(problem, plan) <= clusters(plan)
-    return fits if plan.walks_over_one else plan.depth == 1 or not fits
+    return fits if plan.has_one_tile else plan.depth == 1 or not fits
 
 
 def cluster_tiles(problem: Problem, plan: Plan) -> int:
@@ -173,7 +173,7 @@ def _groups(problem: Problem) -> tuple[int, int]:
 def raster(problem: Problem, plan: Plan) -> int:
     """Cluster tiles along M in a band: as square as possible, so that a wave reads the fewest rows of A and B. Of
     one tile a cluster there is one wave, and no band."""
-    if plan.walks_over_one:
+    if plan.has_one_tile:
         return 1
     _, rows = _groups(problem)
     height, width = plan.tile_m * plan.cluster_m, plan.tile_n * plan.cluster_n

@@ -74,7 +74,7 @@ class Plan(NamedTuple):
         return self.cluster_m * self.cluster_n * self.split
 
     @property
-    def walks_over_one(self) -> bool:
+    def has_one_tile(self) -> bool:
         """Whether a cluster has one tile, which the grid names."""
         return bool(self.one_tile) or self.split > 1
 
@@ -213,14 +213,14 @@ class Plan(NamedTuple):
             "SPLIT": self.split,
             "SLICES": self.slices,
             "SWAP_AB": self.swap_ab,
-            "ONE_TILE": int(self.walks_over_one),
+            "ONE_TILE": int(self.has_one_tile),
             "KIND": kind,
             "SMEM_BYTES": self.shared_bytes,
         }
         return Kernel("gemm.cu", "fp8gemm_gemm", tuple(macros.items()))
 
     def native(self) -> native.Plan:
-        fields = self._asdict() | {"b_policy": L2_POLICIES[self.b_policy], "one_tile": self.walks_over_one}
+        fields = self._asdict() | {"b_policy": L2_POLICIES[self.b_policy], "one_tile": self.has_one_tile}
         return native.Plan(**fields, shared_bytes=self.shared_bytes, threads=self.threads)
 
     def __str__(self) -> str:

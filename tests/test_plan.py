@@ -184,9 +184,9 @@ def test_default_plan_is_legal(problem: Problem, gpu: Device, data: st.DataObjec
 def test_one_tile_is_for_one_wave_only() -> None:
     """A cluster that splits K has one tile at most, and tiles of groups are not split: nobody can count them. Deep
     stages that do not split it have a kernel for one tile and one for more."""
-    some = [p for p in compiled_space(native.DENSE, H100) if p.walks_over_one]
+    some = [p for p in compiled_space(native.DENSE, H100) if p.has_one_tile]
     others = {p._replace(one_tile=0) for p in some if p.split == 1}
-    assert others == {p for p in compiled_space(native.DENSE, H100) if p.depth > 1 and not p.walks_over_one}
+    assert others == {p for p in compiled_space(native.DENSE, H100) if p.depth > 1 and not p.has_one_tile}
     for m, (n, k) in itertools.product((1, 128, 300, 8192), WEIGHTS):
         for p in some:
             tiles = ceil_div(ceil_div(m, p.tile_m), p.cluster_m) * ceil_div(n, p.tile_n * p.cluster_n)
@@ -196,7 +196,7 @@ def test_one_tile_is_for_one_wave_only() -> None:
             if p.one_tile:
                 assert cost.suits(problem, p._replace(one_tile=0)) != fits
     for kind in (native.CONTIGUOUS, native.RAGGED, native.MASKED):
-        assert not any(p.walks_over_one for p in compiled_space(kind, H100))
+        assert not any(p.has_one_tile for p in compiled_space(kind, H100))
 
 
 def test_deep_stages_hold_whole_blocks() -> None:
@@ -215,7 +215,7 @@ def test_raster(problem: Problem, gpu: Device, data: st.DataObject) -> None:
     """A band is no higher than there are tiles, and bands are of nearly one height; one tile has none."""
     some = data.draw(st.sampled_from(compiled_space(problem.kind, gpu)))
     raster = cost.raster(problem, some)
-    if some.walks_over_one:
+    if some.has_one_tile:
         assert raster == 1
         return
     _, rows = cost._groups(problem)

@@ -66,7 +66,7 @@ def of_different_tiles(plans: Iterable[AnyPlan], count: int) -> list[AnyPlan]:
 
 def rasters(plan: AnyPlan, task: Task) -> list[AnyPlan]:
     """The second stage: the same kernel, its tiles in another order. Nothing is compiled for these."""
-    if not isinstance(plan, Plan) or plan.walks_over_one:
+    if not isinstance(plan, Plan) or plan.has_one_tile:
         return []
     found = {max(1, int(plan.raster * factor)) for factor in RASTERS} if task.problem.m > plan.tile_m else {1}
     if task.problem.kind == native.DENSE:  # a band that is higher than D is the same launch
