@@ -200,7 +200,7 @@ int fp8gemm_launch_gemm(const fp8gemm_kernel* kernel, const fp8gemm_operands* o,
     if (p->kind == FP8GEMM_DENSE)                // more would find no tile
         clusters = static_cast<int>(std::min<int64_t>(clusters, int64_t{rows} * columns));
     set_tiles(params, rows, columns, searches ? plan->raster : std::min(plan->raster, rows), clusters);
-    if (p->k % (tile_k * plan->depth) == 0) {
+    if (deep && p->k % (tile_k * plan->depth) == 0) {
         params.sa_in_pieces = in_pieces(params.sa, params.sa_row, params.sa_k, params.sa_group, plan->depth);
         params.sb_in_pieces = in_pieces(params.sb, params.sb_row, params.sb_k, params.sb_group, plan->depth);
     }

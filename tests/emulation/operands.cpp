@@ -1,7 +1,7 @@
 // Runs the kernel's loading of A and B as each CTA of a cluster and checks every stage: which blocks and rows arrive
 // where, all of them once, and as many bytes as the barrier expects (fewer or more would hang or let a stage through too
-// soon); that all clusters together have each tile once, that the consumers are told once, that a CTA stays until its peer is done with each stage, and that as many consumers
-// give a stage back as its barrier waits for.
+// soon); that all clusters together have each tile once, that the consumers are told once, that a CTA stays until its peer is
+// done with each stage, and that as many consumers give a stage back as its barrier waits for.
 #include "kernel.h"
 
 namespace {
