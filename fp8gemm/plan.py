@@ -26,7 +26,7 @@ L2_POLICIES = {
     "evict_last": 0x14F0000000000000,
 }
 TILE_MS = (32, 64, 128, 192, 256)
-TILE_NS = tuple(range(16, 193, 16))
+TILE_NS = (*range(16, 65, 16), 72, *range(80, 193, 16))
 SWAPPED_TILE_MS = (8, 16, 32)
 SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
@@ -118,9 +118,14 @@ class Plan(NamedTuple):
         return self.tile_m >= 64 and self.split == 1
 
     @property
+    def consumer_n(self) -> int:
+        """Columns of a tile that are a consumer's in the end: of slices the first one's, in whole groups of eight."""
+        return -(-self.tile_n // (8 * self.slices)) * 8
+
+    @property
     def columns(self) -> int:
-        """That a consumer stores: of a split the largest share, whole groups of eight; swapped, all are equal."""
-        return self.tile_n // self.split if self.swap_ab else -(-self.tile_n // self.slices // 8 // self.split) * 8
+        """Of these, what it stores: of a split the largest share, in whole groups of eight; swapped, all are equal."""
+        return self.tile_n // self.split if self.swap_ab else -(-self.consumer_n // (8 * self.split)) * 8
 
     @property
     def shared_bytes(self) -> int:
@@ -131,7 +136,8 @@ class Plan(NamedTuple):
         sent = 64 * self.waves // self.split if self.swap_ab else self.columns
         parts = (self.split - 1) * self.tile_m * sent * self.slices * 4 if self.split > 1 else 16 * self.consumers
         d = (self.tile_m * self.slices if self.staged else 1) * self.columns * 2
-        exchanged = self.tile_m * self.tile_n * 4 if self.slices > 1 else 16
+        in_ring = self.slices == 1 or self.has_one_tile  # what slices send one another
+        exchanged = self.slices * (16 if in_ring else self.tile_m * self.consumer_n * 4)
         beyond = (64 * self.waves - self.tile_n) * TILE_K if self.swap_ab else 0  # wgmma reads whole waves of B
         total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + exchanged
         total += (8 * self.consumers + 15) // 16 * 16
@@ -144,6 +150,8 @@ class Plan(NamedTuple):
             yield f"tile_m {self.tile_m}, allowed are {tile_ms}"
         if self.tile_n not in tile_ns:
             yield f"tile_n {self.tile_n}, allowed are {tile_ns}"
+        elif self.tile_n % 16 and not self.swap_ab and (self.slices == 1 or self.split == 1):
+            yield f"tile_n {self.tile_n}, slices {self.slices}, split {self.split}: allowed for slices of a split K"
         if self.swap_ab not in (0, 1):
             yield f"swap_ab {self.swap_ab}, allowed are 0 and 1"
         if self.swap_ab and self.split not in (1, 2, 4):

@@ -33,6 +33,7 @@ PLANS = [
     Plan(16, 96, 3, depth=2, split=2, swap_ab=1),
     Plan(64, 64, 6, cluster_m=2, depth=2, slices=2),
     Plan(64, 80, 5, cluster_m=2, depth=2, split=2, slices=2),
+    Plan(64, 72, 6, cluster_m=2, depth=2, split=2, slices=2),
     Plan(64, 48, 5, cluster_n=2, split=2),
     Plan(64, 64, 6, cluster_m=2, depth=2, one_tile=1),
     Plan(64, 32, 4, cluster_n=2, depth=4, one_tile=1),
@@ -48,6 +49,8 @@ SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
     Plan(192, 80, 3, split=4),
     Plan(128, 16, 8, split=2),
     Plan(64, 80, 5, cluster_m=2, depth=2, split=2, slices=2),
+    Plan(64, 72, 6, cluster_m=2, depth=2, split=2, slices=2),
+    Plan(64, 48, 6, depth=2, split=3, slices=2),
     Plan(64, 32, 8, depth=2, split=4, slices=2),
 ]
 
@@ -84,9 +87,11 @@ def test_sums_of_a_split(sources: Path, tmp_path: Path, plan: Plan) -> None:
     check(sources, tmp_path, plan, native.DENSE, "exchange")
 
 
-@pytest.mark.parametrize("tile_n", [32, 80])
-def test_sums_of_slices(sources: Path, tmp_path: Path, tile_n: int) -> None:
-    check(sources, tmp_path, Plan(64, tile_n, 4, depth=2, split=2, slices=2), native.DENSE, "slices")
+@pytest.mark.parametrize("one_tile", [0, 1])
+@pytest.mark.parametrize("tile_n", [32, 96])
+def test_sums_of_slices(sources: Path, tmp_path: Path, tile_n: int, one_tile: int) -> None:
+    plan = Plan(64, tile_n, 4, cluster_m=2, depth=2, slices=2, one_tile=one_tile)
+    check(sources, tmp_path, plan, native.DENSE, "slices")
 
 
 @pytest.mark.parametrize(

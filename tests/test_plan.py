@@ -59,6 +59,7 @@ def test_legal_plan() -> None:
         (SLICED | {"depth": 4, "stages": 3}, ["slices 2 of tile_m 64, depth 4", "64 rows, a block each"]),
         (SLICED | {"cluster_n": 1}, ["slices 2: allowed in clusters and for dense problems"]),
         (SLICED | {"tile_n": 80}, ["slices 2 for tile_n 80: must be a multiple of 32 where K is not split"]),
+        ({"tile_n": 72}, ["tile_n 72, slices 1, split 1: allowed for slices of a split K"]),
         ({"one_tile": 2}, ["one_tile 2, allowed are 0 and 1"]),
         ({"one_tile": 1}, ["one_tile, depth 1, split 1: for deep stages of dense problems"]),
         (SLICED | {"one_tile": 1, "split": 2}, ["one_tile, depth 2, split 2", "K not split"]),

@@ -81,13 +81,14 @@ bool in_pieces(const float* scales, int64_t row, int64_t k, int64_t group, int d
 
 // Cycles from one of a CTA's first stages to the next. Asked for all at once, they are a queue at the memory in which what is
 // wanted first stands behind what is wanted last. So: half of what memory takes to bring a stage of B to all CTAs, what an SM
-// takes to take in A, and a little more (native/README.md, "The pace of the first stages").
+// takes to take in A, and a little more; and no faster than an SM takes in all of it (native/README.md, "The pace of the first
+// stages").
 unsigned short pace_of(const fp8gemm_plan& plan, int ctas, int a_rows, float memory_bytes_per_cycle) {
     if (plan.depth == 1) return 0;
-    constexpr float kSharedBytesPerCycle = 128, kMore = 100;
-    const float row_bytes = 128.0f * plan.depth, b = row_bytes * plan.tile_n / plan.cluster_m * ctas, a = row_bytes * a_rows;
-    const float cycles = 0.5f * b / memory_bytes_per_cycle + a / kSharedBytesPerCycle + kMore;
-    return static_cast<unsigned short>(std::min(cycles, 4000.0f));
+    constexpr float kSharedBytesPerCycle = 128, kTakenInPerCycle = 70, kMore = 100;
+    const float row_bytes = 128.0f * plan.depth, a = row_bytes * a_rows, b = row_bytes * plan.tile_n;
+    const float cycles = 0.5f * b / plan.cluster_m * ctas / memory_bytes_per_cycle + a / kSharedBytesPerCycle + kMore;
+    return static_cast<unsigned short>(std::min(std::max(cycles, (a + b) / kTakenInPerCycle), 4000.0f));
 }
 
 // A launch in clusters of CTAs along x, which may be set up while the kernel before it still runs: a kernel that says so

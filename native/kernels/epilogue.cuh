@@ -12,33 +12,40 @@ namespace fp8gemm {
 // Where in a tile a consumer's rows begin: slices are of all rows.
 __device__ constexpr int first_row_of(int consumer) { return kSlices > 1 ? 0 : consumer * kWaves * 64; }
 
-// Consumers that share a tile's K: each sends the other's half of the columns and adds up its own, into the first registers.
-template <int kConsumer>
-__device__ void add_slices(SharedStorage& s, float (&sum)[kTileN / 2], u32 round) {
-    constexpr int kHalf = kTileN / 4, kOwn = kConsumer * kHalf, kOther = kHalf - kOwn;
-    const int thread = threadIdx.x % 128;
+// A consumer's groups of eight columns in the end: all of its tile's or, of two slices, half of them.
+__device__ constexpr int groups_of(int consumer) {
+    return kSlices > 1 && consumer > 0 ? (kTileN - kConsumerN) / 8 : kConsumerN / 8;
+}
+
+// Consumers that share a tile's K: each leaves its sums of the other's columns, and once both have, they may be read.
+template <int kSlice>
+__device__ void leave_sums(SharedStorage& s, const float (&sum)[kTileN / 2], u32 round) {
+    constexpr int kOther = kSlice == 0 ? groups_of(0) : 0;       // the other's first group
     if (round > 0) named_barrier_sync(kSliced, 2 * 128);         // the tile before is added up
 #pragma unroll
-    for (int i = 0; i < kHalf; i += 4) {
-        const float* const v = &sum[kOther + i];
-        s.slices[kConsumer][i / 4 * 128 + thread] = make_float4(v[0], v[1], v[2], v[3]);
+    for (int g = 0; g < groups_of(1 - kSlice); ++g) {
+        const float* const v = &sum[(kOther + g) * 4];
+        slice_sums(s, kSlice, g)[threadIdx.x % 128] = make_float4(v[0], v[1], v[2], v[3]);
     }
     named_barrier_sync(kSliced, 2 * 128);
-#pragma unroll
-    for (int i = 0; i < kHalf; i += 4) {
-        const float4 v = s.slices[1 - kConsumer][i / 4 * 128 + thread];
-        const float* const own = &sum[kOwn + i];
-        sum[i] = own[0] + v.x, sum[i + 1] = own[1] + v.y, sum[i + 2] = own[2] + v.z, sum[i + 3] = own[3] + v.w;
-    }
+}
+
+// A CTA's sums of a group of this consumer's columns: its own or, of slices, both consumers' together.
+template <int kSlice>
+__device__ float4 group_sum(SharedStorage& s, const float (&sum)[kTileN / 2], int group) {
+    const float* const own = &sum[(group + (kSlice > 0 ? groups_of(0) : 0)) * 4];
+    if constexpr (kSlices == 1) return make_float4(own[0], own[1], own[2], own[3]);
+    const float4 other = slice_sums(s, 1 - kSlice, group)[threadIdx.x % 128];
+    return make_float4(own[0] + other.x, own[1] + other.y, own[2] + other.z, own[3] + other.w);
 }
 
 // A consumer's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows.
-__device__ constexpr int columns_before(int part) { return kConsumerN / 8 * part / kSplit * 8; }
+__device__ constexpr int columns_before(int part, int groups) { return groups * part / kSplit * 8; }
 
 // How many columns a consumer of this CTA stores.
-__device__ int own_columns() {
-    const int rank = split_rank();
-    return columns_before(rank + 1) - columns_before(rank);
+__device__ int own_columns(int consumer) {
+    const int rank = split_rank(), groups = groups_of(consumer);
+    return columns_before(rank + 1, groups) - columns_before(rank, groups);
 }
 
 // Before a CTA sends its sums: it says how many it expects itself, and waits until its peers can take them.
@@ -49,45 +56,64 @@ __device__ void open_exchange(SharedStorage& s, int consumer, u32 bytes) {
 
 // The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
 // order of K, into the first registers. Once a CTA has all sums, nobody needs it any more: it may end.
+template <int kSlice>
 __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer) {
-    constexpr int kEights = kColumns / 8;                        // of a share: four registers of each thread
+    constexpr int kGroups = groups_of(kSlice), kMost = kColumns / 8;     // of a share: four registers of each thread
     constexpr int kBytes = kPartThreads * sizeof(float4);        // of all threads' eight columns
     const int rank = split_rank(), thread = threadIdx.x % 128;
     u64* full = &s.parts_full[consumer];
-    open_exchange(s, consumer, own_columns() / 8 * kWaves * (kSplit - 1) * kBytes);
+    open_exchange(s, consumer, own_columns(consumer) / 8 * kWaves * (kSplit - 1) * kBytes);
 #pragma unroll
     for (int to = 0; to < kSplit; ++to) {
         if (to == rank || thread >= kPartThreads) continue;
         const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], rank_of_part(to));
         const u32 there = remote_address(full, rank_of_part(to));
 #pragma unroll
-        for (int i = 0; i < kWaves * kEights; ++i) {
-            const int column = columns_before(to) + i % kEights * 8;
-            if (column < columns_before(to + 1))
-                store_async_remote(part + i * kBytes, &sum[i / kEights][column / 2], there);
+        for (int i = 0; i < kWaves * kMost; ++i) {
+            const int column = columns_before(to, kGroups) + i % kMost * 8;
+            if (column >= columns_before(to + 1, kGroups)) continue;
+            const float4 v = group_sum<kSlice>(s, sum[i / kMost], column / 8);
+            store_async_remote(part + i * kBytes, v, there);
         }
     }
-    barrier_wait(full, 0);
+    if (kSlices == 1) barrier_wait(full, 0);
 #pragma unroll
     for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
         if (at != rank) continue;
+        float4 own[kWaves * kMost];
 #pragma unroll
-        for (int i = 0; i < kWaves * kEights; ++i) {
-            const int column = columns_before(at) + i % kEights * 8;
-            if (column >= columns_before(at + 1)) continue;
-            const float* const own = &sum[i / kEights][column / 2];
-            float* const out = &sum[i / kEights][i % kEights * 4];
+        for (int i = 0; i < kWaves * kMost; ++i) {
+            const int column = columns_before(at, kGroups) + i % kMost * 8;
+            if (column < columns_before(at + 1, kGroups)) own[i] = group_sum<kSlice>(s, sum[i / kMost], column / 8);
+        }
+        if (kSlices > 1) barrier_wait(full, 0);                  // slices are added up meanwhile
+#pragma unroll
+        for (int i = 0; i < kWaves * kMost; ++i) {
+            if (columns_before(at, kGroups) + i % kMost * 8 >= columns_before(at + 1, kGroups)) continue;
+            float* const out = &sum[i / kMost][i % kMost * 4];
             float4 total;
 #pragma unroll
             for (int from = 0; from < kSplit; ++from) {
-                float4 v = make_float4(own[0], own[1], own[2], own[3]);
-                if (from != at)
-                    v = s.parts[from - (from > at)][consumer][i * kPartThreads + thread % kPartThreads];
+                const float4 v = from == at ? own[i] : s.parts[from - (from > at)][consumer][i * kPartThreads + thread % kPartThreads];
                 total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
             }
             out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
         }
     }
+}
+
+// All of a tile's K: the sums of a consumer's own columns, in its first registers.
+template <int kSlice>
+__device__ void add_up(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32 round) {
+    if constexpr (kSlices > 1) leave_sums<kSlice>(s, sum[0], round);
+    if constexpr (kSplit > 1) exchange_parts<kSlice>(s, sum, consumer);
+    else if constexpr (kSlices > 1)
+#pragma unroll
+        for (int g = 0; g < groups_of(kSlice); ++g) {
+            const float4 v = group_sum<kSlice>(s, sum[0], g);
+            float* const out = &sum[0][g * 4];
+            out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+        }
 }
 
 // Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of 128 or 64 bytes.
@@ -173,7 +199,7 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[k
                            const Tile& tile, int consumer) {
     const bool leader = threadIdx.x % 128 == 0;
     const int first_row = first_row_of(consumer), rows = tile.rows - first_row, row = tile.row + first_row;
-    const int columns = min(p.n - tile.column, own_columns()), group = kKind == kMasked ? tile.group : 0;
+    const int columns = min(p.n - tile.column, own_columns(consumer)), group = kKind == kMasked ? tile.group : 0;
     u16* const d = p.d_data + group * p.d_group + row * p.d_row + tile.column;
     if (kStaged && !kStoredByTma && p.d_staged) {
         __syncwarp();                                            // the tile before is read
@@ -207,15 +233,9 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[k
 // The way from a consumer's sums of a tile to D; `round` counts its tiles.
 __device__ void finish_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Unpromoted& rest,
                             Tile tile, int consumer, u32& round) {
-    if constexpr (kSlices > 1) {
-        if (consumer == 0) add_slices<0>(s, sum[0], round);
-        else add_slices<1>(s, sum[0], round);
-        tile.column += consumer * kConsumerN;
-    }
-    if constexpr (kSplit > 1) {
-        exchange_parts(s, sum, consumer);
-        tile.column += columns_before(split_rank());
-    }
+    if (kSlices > 1 && consumer > 0) add_up<1>(s, sum, consumer, round), tile.column += kConsumerN;
+    else add_up<0>(s, sum, consumer, round);
+    tile.column += columns_before(split_rank(), groups_of(consumer));
     store_tile(p, s, sum, rest, tile, consumer);
     ++round;
 }

@@ -70,9 +70,9 @@ PTX void barrier_arrive_remote(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 // Four floats into another CTA's shared memory, 16 bytes that its barrier counts.
-PTX void store_async_remote(u32 to, const float* v, u32 barrier) {
+PTX void store_async_remote(u32 to, float4 v, u32 barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-                 :: "r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier) : "memory");
+                 :: "r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
 }
 PTX bool barrier_try_wait(u64* barrier, u32 phase) {
     u32 done;

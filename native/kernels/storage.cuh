@@ -18,9 +18,19 @@ struct SharedStorage {
     Stage stages[kStages];
     u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
-    float4 slices[kSlices][kSlices > 1 ? kTileN / 16 * 128 : 1];         // the other consumer's sums
+    float4 slices[kSlices][kSlices > 1 && !kOneTile ? kConsumerN / 8 * 128 : 1];         // the other consumer's sums: slice_sums
     u64 parts_full[kConsumers];
 };
+// Where a consumer leaves its sums of eight columns for the one that has the other slices. Of a CTA's one tile all stages are read
+// then, or have only what the other one reads: a consumer's block of B, one group a stage, is nobody else's. So a ring may be
+// longer by a stage.
+__device__ float4* slice_sums(SharedStorage& s, int consumer, int group) {
+    if (!kOneTile) return &s.slices[consumer][group * 128];
+    return reinterpret_cast<float4*>(s.stages[group % kStages].b + consumer * kTileN * kTileK) + group / kStages * 128;
+}
+static_assert(kSlices == 1 || !kOneTile || (kConsumerN / 8 + kStages - 1) / kStages * 128 * sizeof(float4) <= kTileN * kTileK,
+              "a consumer's block of B holds its groups of a stage");
+
 // With operands swapped, wgmma reads whole waves of B, and so behind the last stage's last tile.
 constexpr int kBeyond = kSwapAB ? (kWaves * 64 - kTileN) * kTileK : 0;
 #ifdef SMEM_BYTES

@@ -24,12 +24,28 @@ float part(int cta, int consumer, int thread, int wave, int i) {         // sums
 
 using Sums = float[kWaves][kTileN / 2];
 
-void exchange(int cta, int consumer, int thread, Sums& sum) {
+// As this thread, with its sums of a part or of one slice of it.
+void become(int cta, int consumer, int thread, Sums& sum) {
     for (int w = 0; w < kWaves; ++w)
         for (int i = 0; i < kTileN / 2; ++i) sum[w][i] = part(cta, consumer, thread, w, i);
     rank_in_cluster = cta * kShare + kShared, threadIdx.x = consumer * 128 + thread, shared_begin = &storage[cta];
+}
+
+// What each slice leaves for the other one.
+void leave_all() {
+    Sums sum;
+    for (int cta = 0; cta < kSplit; ++cta)
+        for (int thread = 0; thread < 128; ++thread) {
+            become(cta, 0, thread, sum), leave_sums<0>(storage[cta], sum[0], 0);
+            become(cta, 1, thread, sum), leave_sums<1>(storage[cta], sum[0], 0);
+        }
+}
+
+void exchange(int cta, int consumer, int thread, Sums& sum) {
+    become(cta, consumer, thread, sum);
     sent.clear();
-    exchange_parts(storage[cta], sum, consumer);
+    if (kSlices > 1 && consumer > 0) exchange_parts<1>(storage[cta], sum, consumer);
+    else exchange_parts<0>(storage[cta], sum, consumer);
 }
 
 // Puts what a thread has sent to its place. Bytes that arrive at each CTA.
@@ -47,11 +63,15 @@ void deliver(int consumer, u32 (&arrived)[kSplit]) {
 }
 
 void check(int cta, int consumer, int thread, const Sums& sum) {
-    const int first = columns_before(cta) / 2, count = columns_before(cta + 1) / 2 - first;
+    const int groups = groups_of(consumer), before = kSlices > 1 && consumer > 0 ? groups_of(0) * 4 : 0;
+    const int first = columns_before(cta, groups) / 2, count = columns_before(cta + 1, groups) / 2 - first;
+    auto of_cta = [&](int from, int w, int i) {                  // slices are added up first
+        return kSlices == 1 ? part(from, consumer, thread, w, i) : part(from, 0, thread, w, i) + part(from, 1, thread, w, i);
+    };
     for (int w = 0; w < kWaves; ++w)
         for (int i = 0; i < count; ++i) {
-            float total = part(0, consumer, thread, w, first + i);
-            for (int from = 1; from < kSplit; ++from) total += part(from, consumer, thread, w, first + i);
+            float total = of_cta(0, w, before + first + i);
+            for (int from = 1; from < kSplit; ++from) total += of_cta(from, w, before + first + i);
             if (sum[w][i] != total) fail("another sum", cta, first + i);
         }
 }
@@ -83,8 +103,11 @@ void check_shares() {
 int main() {
     check_shares();
     check_arrivals();
-    if (columns_before(0) != 0 || columns_before(kSplit) != kConsumerN) fail("not all columns", columns_before(kSplit), kConsumerN);
+    int columns = 0;
+    for (int slice = 0; slice < kSlices; ++slice) columns += columns_before(kSplit, groups_of(slice));
+    if (columns_before(0, groups_of(0)) != 0 || columns != kTileN) fail("not all columns", columns, kTileN);
     for (SharedStorage& s : storage) std::fill_n(&s.parts[0][0][0].x, sizeof s.parts / sizeof(float), 0.0f / 0.0f);
+    if constexpr (kSlices > 1) leave_all();
     Sums sum;
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
         u32 arrived[kSplit]{}, expected[kSplit]{};

@@ -115,7 +115,7 @@ inline std::vector<u32> remote_arrivals;                         // by remote ad
 PTX void barrier_arrive_remote(u32 barrier) { remote_arrivals.push_back(barrier); }
 struct Sent { u32 to, barrier; float v[4]; };                    // to another CTA, by remote addresses
 inline std::vector<Sent> sent;
-PTX void store_async_remote(u32 to, const float* v, u32 barrier) { sent.push_back({to, barrier, {v[0], v[1], v[2], v[3]}}); }
+PTX void store_async_remote(u32 to, float4 v, u32 barrier) { sent.push_back({to, barrier, {v.x, v.y, v.z, v.w}}); }
 PTX bool barrier_test(u64*, u32) { return false; }
 inline std::vector<std::pair<const u64*, u32>> waits;           // barriers and parities
 PTX void barrier_wait(u64* barrier, u32 parity) { waits.push_back({barrier, parity}); }
