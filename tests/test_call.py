@@ -179,7 +179,7 @@ def test_a_deep_launch() -> None:
     (found,) = launched(publish_deep(1024).without_python)
     assert found["grid"] == [66, 1, 1], "more clusters than tiles"
     stage_of_b, a_of_one = 4 * 128 * 64 // 2 * 66, 4 * 128 * 64
-    assert found["pace"] == int(0.5 * stage_of_b / 2400 + a_of_one / 128 + 100), "the stub's memory: 2400 bytes a cycle"
+    assert found["pace"] == int((a_of_one + 4 * 128 * 64) / 70) > int(0.5 * stage_of_b / 2400 + a_of_one / 128 + 100)
     assert (found["d_staged"], found["sa_by_bulk"]) == (1, 1)
     a, b = ([[128, rows, 8, 1], [1024, 128, 1024], [128, 64, blocks, 1]] for rows, blocks in ((100, 4), (2112, 2)))
     assert found["a"][1:4] == a
@@ -221,8 +221,8 @@ def test_scales_in_pieces() -> None:
 
 @on_stub_gpus
 def test_the_pace_of_first_stages() -> None:
-    """What memory takes to bring a stage of B to all CTAs counts, and what an SM takes to take in A."""
-    for m, bucket, ctas in ((48, 48, 18), (100, 112, 36)):
+    """What memory takes to bring a stage of B to all CTAs counts, and what an SM takes to take in A or all of it."""
+    for m, bucket, ctas in ((8, 8, 18), (48, 48, 18), (300, 320, 90)):
         call = operands(m=m, n=576, k=2048)
         call.public()
         (listed,) = [x for x in planner.listing() if (x.key.m, x.key.n, x.key.k) == (bucket, 576, 2048)]
@@ -230,7 +230,9 @@ def test_the_pace_of_first_stages() -> None:
         (found,) = launched(call.without_python)
         assert found["grid"] == [ctas, 1, 1]
         stage_of_b, a_of_one = 2 * 128 * 32 * ctas, 2 * 128 * min(m, 64)
-        assert found["pace"] == int(0.5 * stage_of_b / 2400 + a_of_one / 128 + 100)
+        by_memory, all_of_one = 0.5 * stage_of_b / 2400 + a_of_one / 128 + 100, (a_of_one + 2 * 128 * 32) / 70
+        assert found["pace"] == int(max(by_memory, all_of_one)), "the stub's memory: 2400 bytes a cycle"
+        assert (by_memory > all_of_one) == (m != 48)
 
 
 @on_stub_gpus
