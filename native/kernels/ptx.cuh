@@ -96,6 +96,14 @@ PTX void barrier_wait(u64* barrier, u32 phase) {
 #endif
 }
 
+PTX void barrier_spin(u64* barrier, u32 phase) {                 // never suspended, the thread goes on sooner
+#ifdef MAX_WAITS
+    barrier_wait(barrier, phase);
+#else
+    while (!barrier_test(barrier, phase)) {}
+#endif
+}
+
 PTX u32 cycles() { u32 r; asm volatile("mov.u32 %0, %%clock;" : "=r"(r)); return r; }
 
 // ---- TMA: boxes of a tensor of four dimensions, by where they begin ------------------------------------------------
