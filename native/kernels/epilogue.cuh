@@ -94,7 +94,8 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
             float4 total;
 #pragma unroll
             for (int from = 0; from < kSplit; ++from) {
-                const float4 v = from == at ? own[i] : s.parts[from - (from > at)][consumer][i * kPartThreads + thread % kPartThreads];
+                const float4 v = from == at ? own[i]
+                                            : s.parts[from - (from > at)][consumer][i * kPartThreads + thread % kPartThreads];
                 total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
             }
             out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;

@@ -102,7 +102,8 @@ struct Yes { static constexpr bool value = true; };              // for generic 
 struct No { static constexpr bool value = false; };
 
 static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
-static_assert(kTileN % (kSwapAB || (kSlices > 1 && kSplit > 1) ? 8 : 16) == 0 && kTileN <= 192, "see wgmma.cuh; registers hold no more");
+static_assert(kTileN % (kSwapAB || (kSlices > 1 && kSplit > 1) ? 8 : 16) == 0, "see wgmma.cuh, stage_wave");
+static_assert(kTileN <= 192, "registers hold no more");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && kCluster <= 4, "wider clusters reach fewer SMs");
 static_assert(!kSwapAB || (kTileM % 8 == 0 && kTileM <= 32 && kShare == 1 && kSplit != 3), "see swapped.cuh");

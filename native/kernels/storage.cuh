@@ -18,12 +18,13 @@ struct SharedStorage {
     Stage stages[kStages];
     u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
-    float4 slices[kSlices][kSlices > 1 && !kOneTile ? kConsumerN / 8 * 128 : 1];         // the other consumer's sums: slice_sums
+    float4 slices[kSlices][kSlices > 1 && !kOneTile ? kConsumerN / 8 * 128 : 1];         // see slice_sums
     u64 parts_full[kConsumers];
 };
-// Where a consumer leaves its sums of eight columns for the one that has the other slices. Of a CTA's one tile all stages are read
-// then, or have only what the other one reads: a consumer's block of B, one group a stage, is nobody else's. So a ring may be
-// longer by a stage.
+
+// Where a consumer leaves its sums of eight columns for the one that has the other slices. With one tile a CTA that is in its own
+// blocks of B, a group a stage: nothing more is loaded, the other consumer never reads them, and this one has read all of them (a
+// wgmma-group that is complete is so for all of its warpgroup). So the ring may be longer, by a stage of 64 x 72.
 __device__ float4* slice_sums(SharedStorage& s, int consumer, int group) {
     if (!kOneTile) return &s.slices[consumer][group * 128];
     return reinterpret_cast<float4*>(s.stages[group % kStages].b + consumer * kTileN * kTileK) + group / kStages * 128;

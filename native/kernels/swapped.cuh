@@ -25,8 +25,10 @@ __device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegister
         const u32 part = remote_address(&s.parts[rank - (rank > owner)][0][thread % kThreadsEach], owner);
         const u32 there = remote_address(&s.parts_full[0], owner);
 #pragma unroll
-        for (int i = 0; i < kSwappedRegisters; i += 4)
-            store_async_remote(part + i / 4 * kThreadsEach * sizeof(float4), make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]), there);
+        for (int i = 0; i < kSwappedRegisters; i += 4) {
+            const float4 v = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            store_async_remote(part + i / 4 * kThreadsEach * sizeof(float4), v, there);
+        }
     }
     barrier_wait(&s.parts_full[0], 0);
     if (owner != rank) return false;
