@@ -136,8 +136,8 @@ class Plan(NamedTuple):
         sent = 64 * self.waves // self.split if self.swap_ab else self.columns
         parts = (self.split - 1) * self.tile_m * sent * self.slices * 4 if self.split > 1 else 16 * self.consumers
         d = (self.tile_m * self.slices if self.staged else 1) * self.columns * 2
-        in_ring = self.slices == 1 or self.has_one_tile  # what slices send one another
-        exchanged = self.slices * (16 if in_ring else self.tile_m * self.consumer_n * 4)
+        apart = self.slices > 1 and not self.has_one_tile  # what slices send one another, else in the ring
+        exchanged = self.slices * (self.tile_m * self.consumer_n * 4 if apart else 16)
         beyond = (64 * self.waves - self.tile_n) * TILE_K if self.swap_ab else 0  # wgmma reads whole waves of B
         total = self.stages * ((stage + 1023) // 1024 * 1024) + (d + 15) // 16 * 16 + parts + exchanged
         total += (8 * self.consumers + 15) // 16 * 16

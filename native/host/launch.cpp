@@ -80,9 +80,9 @@ bool in_pieces(const float* scales, int64_t row, int64_t k, int64_t group, int d
 }
 
 // Cycles from one of a CTA's first stages to the next. Asked for all at once, they are a queue at the memory in which what is
-// wanted first stands behind what is wanted last. So: half of what memory takes to bring a stage of B to all CTAs, what an SM
-// takes to take in A, and a little more; and no faster than an SM takes in all of it (native/README.md, "The pace of the first
-// stages").
+// wanted first stands behind what is wanted last. So: half of what memory takes to bring a stage of B to all CTAs, A's bytes over
+// shared memory's width, and a little more (native/README.md, "The pace of the first stages"); but no faster than 70 bytes a cycle,
+// what an SM takes in through its port ("Slices, a longer ring, spinning copies").
 unsigned short pace_of(const fp8gemm_plan& plan, int ctas, int a_rows, float memory_bytes_per_cycle) {
     if (plan.depth == 1) return 0;
     constexpr float kSharedBytesPerCycle = 128, kTakenInPerCycle = 70, kMore = 100;

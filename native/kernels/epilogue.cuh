@@ -12,7 +12,7 @@ namespace fp8gemm {
 // Where in a tile a consumer's rows begin: slices are of all rows.
 __device__ constexpr int first_row_of(int consumer) { return kSlices > 1 ? 0 : consumer * kWaves * 64; }
 
-// A consumer's groups of eight columns in the end: all of its tile's or, of two slices, half of them.
+// A consumer's groups of eight columns in the end: all of its tile's or, of two slices, half of them, the first one's rounded up.
 __device__ constexpr int groups_of(int consumer) {
     return kSlices > 1 && consumer > 0 ? (kTileN - kConsumerN) / 8 : kConsumerN / 8;
 }
@@ -34,9 +34,12 @@ __device__ void leave_sums(SharedStorage& s, const float (&sum)[kTileN / 2], u32
 template <int kSlice>
 __device__ float4 group_sum(SharedStorage& s, const float (&sum)[kTileN / 2], int group) {
     const float* const own = &sum[(group + (kSlice > 0 ? groups_of(0) : 0)) * 4];
-    if constexpr (kSlices == 1) return make_float4(own[0], own[1], own[2], own[3]);
-    const float4 other = slice_sums(s, 1 - kSlice, group)[threadIdx.x % 128];
-    return make_float4(own[0] + other.x, own[1] + other.y, own[2] + other.z, own[3] + other.w);
+    if constexpr (kSlices == 1) {
+        return make_float4(own[0], own[1], own[2], own[3]);
+    } else {
+        const float4 other = slice_sums(s, 1 - kSlice, group)[threadIdx.x % 128];
+        return make_float4(own[0] + other.x, own[1] + other.y, own[2] + other.z, own[3] + other.w);
+    }
 }
 
 // A consumer's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows.
@@ -234,8 +237,12 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[k
 // The way from a consumer's sums of a tile to D; `round` counts its tiles.
 __device__ void finish_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Unpromoted& rest,
                             Tile tile, int consumer, u32& round) {
-    if (kSlices > 1 && consumer > 0) add_up<1>(s, sum, consumer, round), tile.column += kConsumerN;
-    else add_up<0>(s, sum, consumer, round);
+    if constexpr (kSlices == 1) {
+        add_up<0>(s, sum, consumer, round);
+    } else {
+        if (consumer > 0) add_up<1>(s, sum, consumer, round), tile.column += kConsumerN;
+        else add_up<0>(s, sum, consumer, round);
+    }
     tile.column += columns_before(split_rank(), groups_of(consumer));
     store_tile(p, s, sum, rest, tile, consumer);
     ++round;

@@ -1,4 +1,5 @@
-// Adds up two consumers' slices of K as each of their threads: each consumer has half of a tile's columns then, and nobody writes
+// Adds up two consumers' slices of K as each of their threads: each consumer has half of a tile's columns then (of these tiles; of
+// others see exchange.cpp), and nobody writes
 // what may still be read: they meet once between writing and reading, and from the second tile on once before writing.
 #include "kernel.h"
 
@@ -38,6 +39,7 @@ void check_places(SharedStorage& s) {
 }  // namespace
 
 int main() {
+    static_assert(groups_of(0) == groups_of(1));
     static SharedStorage s;
     check_places(s);
     for (u32 round = 0; round < 3; ++round)
