@@ -85,10 +85,12 @@ def predict(problem: Problem, plan: Plan, device: Device) -> float:
 def suits(problem: Problem, plan: Plan) -> bool:
     """False for deep stages where K is not whole blocks, for kernels of one tile a cluster where there are more, and,
     where there are not, for those with deep stages that walk over tiles."""
+    if plan.depth == 1 and not plan.has_one_tile:
+        return True
     if plan.depth > 1 and problem.k % TILE_K:
         return False
     fits = problem.kind == native.DENSE and cluster_tiles(problem, plan) <= clusters(plan)
-    return fits if plan.has_one_tile else plan.depth == 1 or not fits
+    return fits == plan.has_one_tile
 
 
 def cluster_tiles(problem: Problem, plan: Plan) -> int:

@@ -221,7 +221,7 @@ def test_scales_in_pieces() -> None:
 
 @on_stub_gpus
 def test_the_pace_of_first_stages() -> None:
-    """What memory takes to bring a stage of B to all CTAs counts, and what an SM takes to take in A or all of it."""
+    """What memory takes to bring a stage of B to all CTAs counts, and A's bytes; at least what an SM takes in."""
     for m, bucket, ctas in ((8, 8, 18), (48, 48, 18), (300, 320, 90)):
         call = operands(m=m, n=576, k=2048)
         call.public()

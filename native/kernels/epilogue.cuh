@@ -43,12 +43,12 @@ __device__ float4 group_sum(SharedStorage& s, const float (&sum)[kTileN / 2], in
 }
 
 // A consumer's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows.
-__device__ constexpr int columns_before(int part, int groups) { return groups * part / kSplit * 8; }
+__device__ constexpr int columns_before(int part, int consumer) { return groups_of(consumer) * part / kSplit * 8; }
 
 // How many columns a consumer of this CTA stores.
 __device__ int own_columns(int consumer) {
-    const int rank = split_rank(), groups = groups_of(consumer);
-    return columns_before(rank + 1, groups) - columns_before(rank, groups);
+    const int rank = split_rank();
+    return columns_before(rank + 1, consumer) - columns_before(rank, consumer);
 }
 
 // Before a CTA sends its sums: it says how many it expects itself, and waits until its peers can take them.
@@ -61,7 +61,7 @@ __device__ void open_exchange(SharedStorage& s, int consumer, u32 bytes) {
 // order of K, into the first registers. Once a CTA has all sums, nobody needs it any more: it may end.
 template <int kSlice>
 __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer) {
-    constexpr int kGroups = groups_of(kSlice), kMost = kColumns / 8;     // of a share: four registers of each thread
+    constexpr int kMost = kColumns / 8;                          // groups of a share: four registers of each thread
     constexpr int kBytes = kPartThreads * sizeof(float4);        // of all threads' eight columns
     const int rank = split_rank(), thread = threadIdx.x % 128;
     u64* full = &s.parts_full[consumer];
@@ -73,8 +73,8 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
         const u32 there = remote_address(full, rank_of_part(to));
 #pragma unroll
         for (int i = 0; i < kWaves * kMost; ++i) {
-            const int column = columns_before(to, kGroups) + i % kMost * 8;
-            if (column >= columns_before(to + 1, kGroups)) continue;
+            const int column = columns_before(to, kSlice) + i % kMost * 8;
+            if (column >= columns_before(to + 1, kSlice)) continue;
             const float4 v = group_sum<kSlice>(s, sum[i / kMost], column / 8);
             store_async_remote(part + i * kBytes, v, there);
         }
@@ -86,13 +86,13 @@ __device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2
         float4 own[kWaves * kMost];
 #pragma unroll
         for (int i = 0; i < kWaves * kMost; ++i) {
-            const int column = columns_before(at, kGroups) + i % kMost * 8;
-            if (column < columns_before(at + 1, kGroups)) own[i] = group_sum<kSlice>(s, sum[i / kMost], column / 8);
+            const int column = columns_before(at, kSlice) + i % kMost * 8;
+            if (column < columns_before(at + 1, kSlice)) own[i] = group_sum<kSlice>(s, sum[i / kMost], column / 8);
         }
         if (kSlices > 1) barrier_wait(full, 0);                  // slices are added up meanwhile
 #pragma unroll
         for (int i = 0; i < kWaves * kMost; ++i) {
-            if (columns_before(at, kGroups) + i % kMost * 8 >= columns_before(at + 1, kGroups)) continue;
+            if (columns_before(at, kSlice) + i % kMost * 8 >= columns_before(at + 1, kSlice)) continue;
             float* const out = &sum[i / kMost][i % kMost * 4];
             float4 total;
 #pragma unroll
@@ -243,7 +243,7 @@ __device__ void finish_tile(const GemmParams& p, SharedStorage& s, float (&sum)[
         if (consumer > 0) add_up<1>(s, sum, consumer, round), tile.column += kConsumerN;
         else add_up<0>(s, sum, consumer, round);
     }
-    tile.column += columns_before(split_rank(), groups_of(consumer));
+    tile.column += columns_before(split_rank(), consumer);
     store_tile(p, s, sum, rest, tile, consumer);
     ++round;
 }

@@ -176,7 +176,7 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             const int left = blocks - kb;                        // zeros behind K
-            (kDepth > 1 ? barrier_spin : barrier_wait)(&stage.empty, ring.phase ^ 1);    // what it copies is awaited
+            (kDepth > 1 ? barrier_spin : barrier_wait)(&stage.empty, ring.phase ^ 1);    // what it copies is wanted next
             for (int r = 0; r < kRows; ++r) {
                 const u32 there = to + ring.offset + r * kOfA * sizeof stage.scales[0];
                 if (place + r * kOfA < end) {

@@ -63,8 +63,8 @@ void deliver(int consumer, u32 (&arrived)[kSplit]) {
 }
 
 void check(int cta, int consumer, int thread, const Sums& sum) {
-    const int groups = groups_of(consumer), before = kSlices > 1 && consumer > 0 ? groups_of(0) * 4 : 0;
-    const int first = columns_before(cta, groups) / 2, count = columns_before(cta + 1, groups) / 2 - first;
+    const int before = kSlices > 1 && consumer > 0 ? groups_of(0) * 4 : 0;
+    const int first = columns_before(cta, consumer) / 2, count = columns_before(cta + 1, consumer) / 2 - first;
     auto of_cta = [&](int from, int w, int i) {                  // slices are added up first
         return kSlices == 1 ? part(from, consumer, thread, w, i) : part(from, 0, thread, w, i) + part(from, 1, thread, w, i);
     };
@@ -89,7 +89,7 @@ void check_columns() {
     std::vector<int> owners(kTileN);
     for (int slice = 0; slice < kSlices; ++slice)
         for (int part = 0; part < kSplit; ++part)
-            for (int i = columns_before(part, groups_of(slice)); i < columns_before(part + 1, groups_of(slice)); ++i)
+            for (int i = columns_before(part, slice); i < columns_before(part + 1, slice); ++i)
                 ++owners.at(slice * kConsumerN + i);
     for (int column = 0; column < kTileN; ++column)
         if (owners[column] != 1) fail("owners of a column", column, owners[column]);

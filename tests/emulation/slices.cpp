@@ -1,6 +1,6 @@
-// Adds up two consumers' slices of K as each of their threads: each consumer has half of a tile's columns then (of these tiles; of
-// others see exchange.cpp), and nobody writes
-// what may still be read: they meet once between writing and reading, and from the second tile on once before writing.
+// Adds up two consumers' slices of K as each of their threads: each consumer has half of a tile's columns then (uneven halves:
+// exchange.cpp), and nobody writes what may still be read: they meet once between writing and reading, and from the second tile
+// on once before writing.
 #include "kernel.h"
 
 namespace {
@@ -9,7 +9,8 @@ float slice(int consumer, int thread, int i) { return static_cast<float>((consum
 
 // As one thread. What it reads is there only in a second pass: threads run one after another.
 void add(SharedStorage& s, int consumer, int thread, u32 round, bool second) {
-    float sums[1][kTileN / 2], (&sum)[kTileN / 2] = sums[0];
+    float sums[kWaves][kTileN / 2];
+    float* const sum = sums[0];
     for (int i = 0; i < kTileN / 2; ++i) sum[i] = slice(consumer, thread, i);
     threadIdx.x = consumer * 128 + thread;
     meetings.clear();
