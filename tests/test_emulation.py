@@ -87,6 +87,11 @@ def test_sums_of_a_split(sources: Path, tmp_path: Path, plan: Plan) -> None:
     check(sources, tmp_path, plan, native.DENSE, "exchange")
 
 
+@pytest.mark.parametrize("plan", SPLITS, ids=str)
+def test_what_a_split_stores(sources: Path, tmp_path: Path, plan: Plan) -> None:
+    check(sources, tmp_path, plan, native.DENSE, "share")
+
+
 @pytest.mark.parametrize("one_tile", [0, 1])
 @pytest.mark.parametrize("tile_n", [32, 96])
 def test_sums_of_slices(sources: Path, tmp_path: Path, tile_n: int, one_tile: int) -> None:

@@ -1,124 +1,13 @@
 // From a consumer's sums, in the registers where wgmma leaves them (wgmma.cuh), to D. Where consumers or CTAs share a tile's
-// K, they are first added up; then they go to D, rounded to bf16, 64 rows at a time.
+// K, they are first added up (exchange.cuh); then they go to D, rounded to bf16, 64 rows at a time.
 #pragma once
-#include "cluster.cuh"
+#include "exchange.cuh"
 #include "plan.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "storage.cuh"
 
 namespace fp8gemm {
-
-// Where in a tile a consumer's rows begin: slices are of all rows.
-__device__ constexpr int first_row_of(int consumer) { return kSlices > 1 ? 0 : consumer * kWaves * 64; }
-
-// A consumer's groups of eight columns in the end: all of its tile's or, of two slices, half of them, the first one's rounded up.
-__device__ constexpr int groups_of(int consumer) {
-    return kSlices > 1 && consumer > 0 ? (kTileN - kConsumerN) / 8 : kConsumerN / 8;
-}
-
-// Consumers that share a tile's K: each leaves its sums of the other's columns, and once both have, they may be read.
-template <int kSlice>
-__device__ void leave_sums(SharedStorage& s, const float (&sum)[kTileN / 2], u32 round) {
-    constexpr int kOther = kSlice == 0 ? groups_of(0) : 0;       // the other's first group
-    if (round > 0) named_barrier_sync(kSliced, 2 * 128);         // the tile before is added up
-#pragma unroll
-    for (int g = 0; g < groups_of(1 - kSlice); ++g) {
-        const float* const v = &sum[(kOther + g) * 4];
-        slice_sums(s, kSlice, g)[threadIdx.x % 128] = make_float4(v[0], v[1], v[2], v[3]);
-    }
-    named_barrier_sync(kSliced, 2 * 128);
-}
-
-// A CTA's sums of a group of this consumer's columns: its own or, of slices, both consumers' together.
-template <int kSlice>
-__device__ float4 group_sum(SharedStorage& s, const float (&sum)[kTileN / 2], int group) {
-    const float* const own = &sum[(group + (kSlice > 0 ? groups_of(0) : 0)) * 4];
-    if constexpr (kSlices == 1) {
-        return make_float4(own[0], own[1], own[2], own[3]);
-    } else {
-        const float4 other = slice_sums(s, 1 - kSlice, group)[threadIdx.x % 128];
-        return make_float4(own[0] + other.x, own[1] + other.y, own[2] + other.z, own[3] + other.w);
-    }
-}
-
-// A consumer's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows.
-__device__ constexpr int columns_before(int part, int consumer) { return groups_of(consumer) * part / kSplit * 8; }
-
-// How many columns a consumer of this CTA stores.
-__device__ int own_columns(int consumer) {
-    const int rank = split_rank();
-    return columns_before(rank + 1, consumer) - columns_before(rank, consumer);
-}
-
-// Before a CTA sends its sums: it says how many it expects itself, and waits until its peers can take them.
-__device__ void open_exchange(SharedStorage& s, int consumer, u32 bytes) {
-    if (threadIdx.x % 128 == 0) barrier_arrive_expect(&s.parts_full[consumer], bytes);
-    if (kShare == 1) cluster_wait();                             // the peers' barriers are set up
-}
-
-// The CTAs of a cluster that share a tile's K: each gets the others' sums of its own columns and adds all up, in the
-// order of K, into the first registers. Once a CTA has all sums, nobody needs it any more: it may end.
-template <int kSlice>
-__device__ void exchange_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer) {
-    constexpr int kMost = kColumns / 8;                          // groups of a share: four registers of each thread
-    constexpr int kBytes = kPartThreads * sizeof(float4);        // of all threads' eight columns
-    const int rank = split_rank(), thread = threadIdx.x % 128;
-    u64* full = &s.parts_full[consumer];
-    open_exchange(s, consumer, own_columns(consumer) / 8 * kWaves * (kSplit - 1) * kBytes);
-#pragma unroll
-    for (int to = 0; to < kSplit; ++to) {
-        if (to == rank || thread >= kPartThreads) continue;
-        const u32 part = remote_address(&s.parts[rank - (rank > to)][consumer][thread], rank_of_part(to));
-        const u32 there = remote_address(full, rank_of_part(to));
-#pragma unroll
-        for (int i = 0; i < kWaves * kMost; ++i) {
-            const int column = columns_before(to, kSlice) + i % kMost * 8;
-            if (column >= columns_before(to + 1, kSlice)) continue;
-            const float4 v = group_sum<kSlice>(s, sum[i / kMost], column / 8);
-            store_async_remote(part + i * kBytes, v, there);
-        }
-    }
-    if (kSlices == 1) barrier_wait(full, 0);
-#pragma unroll
-    for (int at = 0; at < kSplit; ++at) {                        // registers have no run-time index
-        if (at != rank) continue;
-        float4 own[kWaves * kMost];
-#pragma unroll
-        for (int i = 0; i < kWaves * kMost; ++i) {
-            const int column = columns_before(at, kSlice) + i % kMost * 8;
-            if (column < columns_before(at + 1, kSlice)) own[i] = group_sum<kSlice>(s, sum[i / kMost], column / 8);
-        }
-        if (kSlices > 1) barrier_wait(full, 0);                  // slices are added up meanwhile
-#pragma unroll
-        for (int i = 0; i < kWaves * kMost; ++i) {
-            if (columns_before(at, kSlice) + i % kMost * 8 >= columns_before(at + 1, kSlice)) continue;
-            float* const out = &sum[i / kMost][i % kMost * 4];
-            float4 total;
-#pragma unroll
-            for (int from = 0; from < kSplit; ++from) {
-                const float4 v = from == at ? own[i]
-                                            : s.parts[from - (from > at)][consumer][i * kPartThreads + thread % kPartThreads];
-                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
-            }
-            out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
-        }
-    }
-}
-
-// All of a tile's K: the sums of a consumer's own columns, in its first registers.
-template <int kSlice>
-__device__ void add_up(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], int consumer, u32 round) {
-    if constexpr (kSlices > 1) leave_sums<kSlice>(s, sum[0], round);
-    if constexpr (kSplit > 1) exchange_parts<kSlice>(s, sum, consumer);
-    else if constexpr (kSlices > 1)
-#pragma unroll
-        for (int g = 0; g < groups_of(kSlice); ++g) {
-            const float4 v = group_sum<kSlice>(s, sum[0], g);
-            float* const out = &sum[0][g * 4];
-            out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-        }
-}
 
 // Position of (row, column) in a panel of D: 16-byte chunks, swizzled as TMA expects for rows of 128 or 64 bytes.
 __device__ u32 panel_offset(int row, int column) {
@@ -155,22 +44,28 @@ __device__ void stage_wave(u16 (&panels)[kPanels][kPanelSize], float (&sum)[kTil
     }
 }
 
-// A warp's 16 rows from there to D, in pieces of 16 bytes.
-__device__ void store_staged(const GemmParams& p, const u16 (&panels)[kPanels][kPanelSize], u16* d, int rows, int columns) {
+// A warp's 16 rows from there to D, in pieces of 16 bytes. Where they go is found while they are on their way to shared memory.
+__device__ void store_staged(const GemmParams& p, const u16 (&panels)[kPanels][kPanelSize], const Tile& tile, int first_row) {
     constexpr int kPieces = kColumns / 8, kRows = 32 / kPieces;  // pieces of a row, rows at a time
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, column = lane % kPieces * 8;
+    const int lane = threadIdx.x % 32, lane_row = lane / kPieces, column = lane % kPieces * 8;
+    const int row = threadIdx.x / 32 % 4 * 16 + lane_row;
     const u8* const panel = reinterpret_cast<const u8*>(panels[column / kPanel]);
-    int row = warp * 16 + lane / kPieces;
-    u16* to = d + row * p.d_row + column;
+    const u32 at = panel_offset(row, column % kPanel);
+    const int rows = lane_row < kRows && column < p.n - tile.column ? tile.rows - first_row - row : 0;
+    u16* to = p.d_data + (tile.row + first_row + row) * p.d_row + tile.column + column;
+    if (kKind == kMasked) to += tile.group * p.d_group;
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16; i += kRows, row += kRows, to += kRows * p.d_row) {
-        if (lane / kPieces >= min(kRows, 16 - i) || row >= rows || column >= columns) continue;
-        *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(panel + panel_offset(row, column % kPanel));
+    for (int i = 0; i < 16; i += kRows, to += kRows * p.d_row) {
+        if (i >= rows || (16 - i < kRows && lane_row >= 16 - i)) continue;
+        // Rows of a swizzled panel come by powers of two at a time: these set bits that are 0 before.
+        const u32 from = kSwizzled ? at ^ panel_offset(i, 0) : at + i * kPanel * sizeof(u16);
+        *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(panel + from);
     }
 }
 
 // Straight from registers: what suits no such pieces (strides off 16 bytes; N off 8), what TMA can't store (a group's tail, below
-// which another group's rows begin), and what has no way through shared memory: parts of a split K, tiles of 32 rows.
+// which another group's rows begin), and what has no way through shared memory: tiles of 32 rows.
 __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], u16* d, int rows, int columns) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
@@ -178,16 +73,36 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
         const int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows) break;
         u16* to = d + row * p.d_row + lane % 4 * 2;
-        if (pairs && (columns >= kColumns || (kSplit > 1 && columns % 8 == 0))) {
+        if (pairs && columns >= kColumns) {
 #pragma unroll
             for (int j = 0; j < kColumns / 8; ++j)
-                if (kSplit == 1 || j * 8 < columns)              // shares of a split may differ by eight columns
-                    *reinterpret_cast<u32*>(to + j * 8) = pack_bf16(sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]);
+                *reinterpret_cast<u32*>(to + j * 8) = pack_bf16(sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]);
         } else {
 #pragma unroll
             for (int i = 0; i < kColumns / 4; ++i)
                 if (i / 2 * 8 + lane % 4 * 2 + i % 2 < columns)
                     to[i / 2 * 8 + i % 2] = static_cast<u16>(pack_bf16(sum[i / 2 * 4 + half * 2 + i % 2], 0));
+        }
+    }
+}
+
+// A share of a split: all addresses are known, and few instructions left.
+__device__ void store_share(const GemmParams& p, const float (&sum)[kWaves][kTileN / 2], const Place& place) {
+#pragma unroll
+    for (int i = 0; i < kWaves * 2; ++i) {
+        const int w = i / 2, half = i % 2, row = w * 64 + half * 8;
+        u16* const to = place.to + row * p.d_row;
+        if (row >= place.rows) continue;
+        if (place.pairs && place.columns % 8 == 0) {
+#pragma unroll
+            for (int j = 0; j < kColumns / 8; ++j)               // shares may differ by eight columns
+                if (j * 8 < place.columns)
+                    store_global(to + j * 8, pack_bf16(sum[w][j * 4 + half * 2], sum[w][j * 4 + half * 2 + 1]));
+        } else {
+#pragma unroll
+            for (int j = 0; j < kColumns / 4; ++j)
+                if (j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2 < place.columns)
+                    store_global(to + j / 2 * 8 + j % 2, static_cast<u16>(pack_bf16(sum[w][j / 2 * 4 + half * 2 + j % 2], 0)));
         }
     }
 }
@@ -201,18 +116,19 @@ __device__ void wait_for_staging(int consumer) {
 // What a consumer has of a tile.
 __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Unpromoted& rest,
                            const Tile& tile, int consumer) {
-    const bool leader = threadIdx.x % 128 == 0;
-    const int first_row = first_row_of(consumer), rows = tile.rows - first_row, row = tile.row + first_row;
-    const int columns = min(p.n - tile.column, own_columns(consumer)), group = kKind == kMasked ? tile.group : 0;
-    u16* const d = p.d_data + group * p.d_group + row * p.d_row + tile.column;
     if (kStaged && !kStoredByTma && p.d_staged) {
         __syncwarp();                                            // the tile before is read
         stage_wave(s.d[consumer], sum[0], 0, rest, false);
-        __syncwarp();
-        store_staged(p, s.d[consumer], d, rows, columns);
+        store_staged(p, s.d[consumer], tile, first_row_of(consumer));
         __syncwarp();                                            // the warp agrees again: see multiply()
+        return;
+    }
+    const bool leader = threadIdx.x % 128 == 0;
+    const int first_row = first_row_of(consumer), rows = tile.rows - first_row, row = tile.row + first_row;
+    const int columns = min(p.n - tile.column, kColumns), group = kKind == kMasked ? tile.group : 0;
+    u16* const d = p.d_data + group * p.d_group + row * p.d_row + tile.column;
     // TMA clips at D's edges by itself, which is enough for dense; below a group's tail another group's rows begin.
-    } else if (kStoredByTma && p.d_staged && (rows >= kWaves * 64 || kKind == kDense)) {
+    if (kStoredByTma && p.d_staged && (rows >= kWaves * 64 || kKind == kDense)) {
         if (!kLastApart) wait_for_staging(consumer);
 #pragma unroll
         for (int w = 0; w < kWaves; ++w)
@@ -237,15 +153,20 @@ __device__ void store_tile(const GemmParams& p, SharedStorage& s, float (&sum)[k
 // The way from a consumer's sums of a tile to D; `round` counts its tiles.
 __device__ void finish_tile(const GemmParams& p, SharedStorage& s, float (&sum)[kWaves][kTileN / 2], const Unpromoted& rest,
                             Tile tile, int consumer, u32& round) {
-    if constexpr (kSlices == 1) {
-        add_up<0>(s, sum, consumer, round);
+    if constexpr (kSplit > 1) {
+        Place place;
+        if constexpr (kSlices == 1) place = exchange_parts<0>(p, s, sum, tile, consumer);
+        else place = consumer == 0 ? exchange_parts<0>(p, s, sum, tile, consumer) : exchange_parts<1>(p, s, sum, tile, consumer);
+        store_share(p, sum, place);
     } else {
-        if (consumer > 0) add_up<1>(s, sum, consumer, round), tile.column += kConsumerN;
-        else add_up<0>(s, sum, consumer, round);
+        if constexpr (kSlices > 1) {
+            tile.column += consumer * kConsumerN;
+            if (consumer == 0) add_slices<0>(s, sum[0], round);
+            else add_slices<1>(s, sum[0], round);
+        }
+        store_tile(p, s, sum, rest, tile, consumer);
+        ++round;
     }
-    tile.column += columns_before(split_rank(), consumer);
-    store_tile(p, s, sum, rest, tile, consumer);
-    ++round;
 }
 
 }  // namespace fp8gemm

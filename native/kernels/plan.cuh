@@ -84,7 +84,7 @@ constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegmen
 // tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
 // Columns of a tile that are a consumer's in the end (of slices the first one's, which may be eight more than the second's), and of
-// these the ones that it stores: of a split the largest share, whole groups of eight (epilogue.cuh); swapped, all are equal.
+// these the ones that it stores: of a split the largest share, whole groups of eight (exchange.cuh); swapped, all are equal.
 constexpr int kConsumerN = (kTileN / 8 + kSlices - 1) / kSlices * 8;
 constexpr int kColumns = kSwapAB ? kTileN / kSplit : (kConsumerN / 8 + kSplit - 1) / kSplit * 8;
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile

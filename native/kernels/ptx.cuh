@@ -163,6 +163,9 @@ PTX void store_float(float* to, float v) {                       // to shared me
     asm volatile("st.shared.f32 [%0], %1;" :: "r"(shared_address(to)), "f"(v) : "memory");
 }
 
+PTX void store_global(u16* to, u32 two) { asm volatile("st.global.b32 [%0], %1;" :: "l"(to), "r"(two) : "memory"); }
+PTX void store_global(u16* to, u16 v) { asm volatile("st.global.b16 [%0], %1;" :: "l"(to), "h"(v) : "memory"); }
+
 // ---- registers -> shared memory ------------------------------------------------------------------------------------
 PTX u32 pack_bf16(float low, float high) {
     u32 r;

@@ -4,7 +4,7 @@
 // A thread's sums of a wave of 64 rows of B are D transposed: from 4 * q on, those of tokens 8 * q + 2 * (lane % 4) and
 // the next, and of B's rows r = 64 * w + 16 * warp + lane / 4 (first two) and r + 8 (last two).
 #pragma once
-#include "epilogue.cuh"
+#include "exchange.cuh"
 #include "plan.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
@@ -16,11 +16,19 @@ namespace fp8gemm {
 constexpr int kTokens = kSwapAB ? kTileM : 8;                    // of a tile; in other plans nobody calls what is here
 constexpr int kSwappedRegisters = kWaves * kTokens / 2;          // of a thread's sums
 
+// Where a thread's sums go: rows are tokens.
+__device__ Place swapped_place(const GemmParams& p, const Tile& tile) {
+    const int token = threadIdx.x % 32 / 4, column = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 4 * 2;
+    u16* const d = p.d_data + (kKind == kMasked ? tile.group * p.d_group : 0) + (tile.row + token) * p.d_row + tile.column;
+    const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
+    return {d + column, min(tile.rows, kTokens) - token, min(p.n - tile.column, kTileN) - column, pairs};
+}
+
 // The CTAs that share a tile's K: each adds up the sums of some warps' rows of B, in the order of K.
-__device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegisters]) {
+__device__ bool exchange_swapped(const GemmParams& p, SharedStorage& s, float (&sum)[kSwappedRegisters], const Tile& tile,
+                                 Place& place) {
     constexpr int kThreadsEach = 128 / kSplit;
     const int rank = split_rank(), thread = threadIdx.x % 128, owner = thread / kThreadsEach;
-    open_exchange(s, 0, sizeof s.parts);
     if (owner != rank) {
         const u32 part = remote_address(&s.parts[rank - (rank > owner)][0][thread % kThreadsEach], owner);
         const u32 there = remote_address(&s.parts_full[0], owner);
@@ -30,7 +38,8 @@ __device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegister
             store_async_remote(part + i / 4 * kThreadsEach * sizeof(float4), v, there);
         }
     }
-    barrier_wait(&s.parts_full[0], 0);
+    place = swapped_place(p, tile);
+    barrier_wait(&s.parts_full[0], place.zero());
     if (owner != rank) return false;
 #pragma unroll
     for (int i = 0; i < kSwappedRegisters; i += 4) {
@@ -45,26 +54,21 @@ __device__ bool exchange_swapped(SharedStorage& s, float (&sum)[kSwappedRegister
     return true;
 }
 
-// A wave's sums to D. d points to the tile's first token and the wave's first row of B; `columns` of those are its own.
-__device__ void store_swapped(const GemmParams& p, const float* sum, u16* d, int tokens, int columns) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
+__device__ void store_swapped(const GemmParams& p, const float (&sum)[kSwappedRegisters], const Place& place) {
 #pragma unroll
-    for (int q = 0; q < kTokens / 8; ++q)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float* v = sum + 4 * q + 2 * half;
-            const u32 two = transpose_matrix(pack_bf16(v[0], v[1]));     // two columns of one token
-            const int token = 8 * q + lane / 4, column = warp * 16 + half * 8 + lane % 4 * 2;
-            u16* to = d + token * p.d_row + column;
-            if (token >= tokens || column >= columns) continue;
-            if (pairs && column + 1 < columns) {
-                *reinterpret_cast<u32*>(to) = two;
-            } else {
-                to[0] = static_cast<u16>(two);
-                if (column + 1 < columns) to[1] = static_cast<u16>(two >> 16);
-            }
+    for (int i = 0; i < kWaves * kTokens / 8 * 2; ++i) {
+        const int w = i / (kTokens / 4), q = i / 2 % (kTokens / 8), half = i % 2, column = w * 64 + half * 8;
+        const float* v = sum + w * (kTokens / 2) + 4 * q + 2 * half;
+        const u32 two = transpose_matrix(pack_bf16(v[0], v[1]));         // two columns of one token
+        u16* const to = place.to + 8 * q * p.d_row + column;
+        if (8 * q >= place.rows || column >= place.columns) continue;
+        if (place.pairs && column + 1 < place.columns) {
+            store_global(to, two);
+        } else {
+            store_global(to, static_cast<u16>(two));
+            if (column + 1 < place.columns) store_global(to + 1, static_cast<u16>(two >> 16));
         }
+    }
 }
 
 __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int first_block, int last_block) {
@@ -76,6 +80,7 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
     Ring ring;
     Scheduler tiles(p);
     for (Tile tile; tiles.next(tile);) {
+        if (kSplit > 1) open_exchange(s, 0, sizeof s.parts);
         float sum[kSwappedRegisters] = {};
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
@@ -113,13 +118,10 @@ __device__ void multiply_swapped(const GemmParams& p, SharedStorage& s, int firs
                     sum[i] += scale_a[j][r / 4 * 2 + r % 2] * scale_b[j][w][r / 2 % 2] * partial[j][w][r];
                 }
         }
-        if constexpr (kSplit > 1)                                // the vote: see multiply()
-            if (!__any_sync(0xffffffff, exchange_swapped(s, sum))) break;
-        u16* d = p.d_data + (kKind == kMasked ? tile.group * p.d_group : 0) + tile.row * p.d_row + tile.column;
-#pragma unroll
-        for (int w = 0; w < kWaves; ++w)
-            store_swapped(p, sum + w * (kTokens / 2), d + w * 64, min(tile.rows, kTokens),
-                          min(p.n - tile.column, kTileN) - w * 64);
+        Place place;
+        if constexpr (kSplit == 1) place = swapped_place(p, tile);
+        else if (!__any_sync(0xffffffff, exchange_swapped(p, s, sum, tile, place))) break;       // the vote: see multiply()
+        store_swapped(p, sum, place);
         if (kOneTile) break;
     }
 }

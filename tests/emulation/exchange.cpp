@@ -44,8 +44,13 @@ void leave_all() {
 void exchange(int cta, int consumer, int thread, Sums& sum) {
     become(cta, consumer, thread, sum);
     sent.clear();
-    if (kSlices > 1 && consumer > 0) exchange_parts<1>(storage[cta], sum, consumer);
-    else exchange_parts<0>(storage[cta], sum, consumer);
+    const GemmParams p{};
+    const Tile tile{};
+    open_exchange(storage[cta], consumer, parts_bytes(consumer));
+    waits.clear();
+    if (kSlices > 1 && consumer > 0) exchange_parts<1>(p, storage[cta], sum, tile, consumer);
+    else exchange_parts<0>(p, storage[cta], sum, tile, consumer);
+    if (waits.size() != 1 || waits[0].second != 0) fail("another phase", cta, consumer);
 }
 
 // Puts what a thread has sent to its place. Bytes that arrive at each CTA.

@@ -1,5 +1,6 @@
 // In place of native/kernels/ptx.cuh where one thread at a time runs on the CPU: waits do nothing, copies are written down.
 #pragma once
+#include <bit>
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -116,6 +117,8 @@ PTX void barrier_arrive_remote(u32 barrier) { remote_arrivals.push_back(barrier)
 struct Sent { u32 to, barrier; float v[4]; };                    // to another CTA, by remote addresses
 inline std::vector<Sent> sent;
 PTX void store_async_remote(u32 to, float4 v, u32 barrier) { sent.push_back({to, barrier, {v.x, v.y, v.z, v.w}}); }
+PTX void store_global(u16* to, u32 two) { to[0] = static_cast<u16>(two), to[1] = static_cast<u16>(two >> 16); }
+PTX void store_global(u16* to, u16 v) { *to = v; }
 PTX bool barrier_test(u64*, u32) { return false; }
 inline std::vector<std::pair<const u64*, u32>> waits;           // barriers and parities
 PTX void barrier_wait(u64* barrier, u32 parity) { waits.push_back({barrier, parity}); }
@@ -138,7 +141,9 @@ PTX void tma_store_commit() {}
 PTX void tma_store_wait_read() {}
 PTX void tma_store_wait() {}
 PTX void fence_async_proxy() {}
-PTX u32 pack_bf16(float, float) { return 0; }
+PTX u32 pack_bf16(float low, float high) {       // of numbers that bf16 holds
+    return std::bit_cast<u32>(low) >> 16 | (std::bit_cast<u32>(high) & 0xFFFF0000);
+}
 PTX u32 transpose_matrix(u32 two) { return two; }
 PTX void store_matrix_x4(u32, u32, u32, u32, u32) {}
 

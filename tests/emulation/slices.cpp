@@ -9,13 +9,12 @@ float slice(int consumer, int thread, int i) { return static_cast<float>((consum
 
 // As one thread. What it reads is there only in a second pass: threads run one after another.
 void add(SharedStorage& s, int consumer, int thread, u32 round, bool second) {
-    float sums[kWaves][kTileN / 2];
-    float* const sum = sums[0];
+    float sum[kTileN / 2];
     for (int i = 0; i < kTileN / 2; ++i) sum[i] = slice(consumer, thread, i);
     threadIdx.x = consumer * 128 + thread;
     meetings.clear();
-    if (consumer == 0) add_up<0>(s, sums, consumer, round);
-    else add_up<1>(s, sums, consumer, round);
+    if (consumer == 0) add_slices<0>(s, sum, round);
+    else add_slices<1>(s, sum, round);
     if (meetings != std::vector<Meeting>(round ? 2 : 1, {kSliced, 0})) fail("meets otherwise", consumer, round);
     for (int i = 0; second && i < kTileN / 4; ++i) {
         const int from = consumer * kTileN / 4 + i;
