@@ -4,7 +4,8 @@
 //
 // A persistent, warp-specialised kernel. Each CTA walks over output tiles (scheduler.cuh). Its warps have two roles:
 //
-//   producer   one warpgroup: a warp streams A, B and, where it can, A's scales into a ring of stages; others bring the rest (scales.cuh)
+//   producer   one warpgroup: a warp streams A, B and, where it can, A's scales into a ring of stages; others bring the rest
+//              (scales.cuh)
 //   consumers  one to three warpgroups: wgmma on the tensor cores, promotion by FP32 FMAs, epilogue
 //
 // A stage holds one or more blocks (128) of K of a tile: A, B and their scales. Two barriers guard it: `full` (all has landed)
