@@ -404,8 +404,8 @@ def test_a_tie_goes_to_the_usual_l2_policy(gain: float, policy: str) -> None:
     assert outcome.winner.plan == best._replace(b_policy=policy)
 
 
-@pytest.mark.parametrize(("lead", "idle"), [(1e-3, False), (0.01, True)])
-def test_a_tie_goes_to_a_plan_that_leaves_few_sms_idle(lead: float, idle: bool) -> None:
+@pytest.mark.parametrize(("lead", "idle"), [(1e-3, False), (0.01, False), (0.03, True)])
+def test_a_small_lead_goes_to_a_plan_that_leaves_few_sms_idle(lead: float, idle: bool) -> None:
     task = Task(Problem(0, 64, 4096, 7168), H100.name, H100.sms, H100.sms)
     plans = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan)]
     few = next(p for p in plans if space.busy_sms(p, task) < 90)

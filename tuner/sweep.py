@@ -19,7 +19,8 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FULL = 0.75  # of the SMs, that a plan has tiles for, or it loses ties
+FULL = 0.7  # of the SMs, that a plan has tiles for, or it loses to one that has and takes
+SPREAD = 1.015  # times as long: by itself it has the memory to itself, in a graph its CTAs come where SMs fall free
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
 FINAL = 12  # plans of all stages race once more, and the best of the finalists' tiles
 FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any race's would fit
@@ -222,12 +223,14 @@ class Sweep:
         self.recorded |= timings.keys()
 
     def _winner(self, standings: dict[AnyPlan, Timing]) -> Winner:
-        """The fastest, or of those that are as fast within the noise what it would replace; without it one that leaves
-        few SMs idle, with the usual L2 policy."""
-        best, timing = next(iter(standings.items()))
-        ties = [plan for plan, t in standings.items() if t.seconds - timing.seconds <= t.spread + timing.spread]
-        full = self._first_full(ties) or best
-        best = next(plan for plan in (self.incumbent, usual(full), full) if plan in ties)
+        """The fastest that leaves few SMs idle, if one does that is hardly slower than all others; of those that are
+        as fast within the noise what it would replace, without it one with the usual L2 policy."""
+        fastest = next(iter(standings.values()))
+        near = max(SPREAD * fastest.seconds, fastest.seconds + 2 * fastest.spread)
+        full = {p: t for p, t in standings.items() if t.seconds <= near and self._leaves_few_idle(p)} or standings
+        best, timing = next(iter(full.items()))
+        ties = [plan for plan, t in full.items() if t.seconds - timing.seconds <= t.spread + timing.spread]
+        best = next(plan for plan in (self.incumbent, usual(best), best) if plan in ties)
         timing = standings[best]
         default = standings.get(self.default)
         winner = Winner(best, timing.seconds, timing.spread, self.default, default.seconds if default else None)
@@ -236,11 +239,9 @@ class Sweep:
             return winner
         return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
 
-    def _first_full(self, plans: Iterable[AnyPlan]) -> AnyPlan | None:
-        """The first with tiles for most SMs of a GPU: in a graph CTAs come where SMs fall free, few spread badly."""
-        least = FULL * self.task.num_sms
-        full = (p for p in plans if isinstance(p, Plan) and space.busy_sms(p, self.task) >= least)
-        return next(full, None)
+    def _leaves_few_idle(self, plan: AnyPlan) -> bool:
+        """Whether the plan has tiles for most SMs of a GPU."""
+        return not isinstance(plan, Plan) or space.busy_sms(plan, self.task) >= FULL * self.task.num_sms
 
     @staticmethod
     def _frugal(standings: dict[AnyPlan, Timing], best: AnyPlan) -> AnyPlan | None:

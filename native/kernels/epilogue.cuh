@@ -88,6 +88,7 @@ __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], 
 
 // A share of a split: all addresses are known, and few instructions left.
 __device__ void store_share(const GemmParams& p, const float (&sum)[kWaves][kTileN / 2], const Place& place) {
+    const int first = threadIdx.x % 4 * 2;                       // signed: of a share behind N, columns are fewer than none
 #pragma unroll
     for (int i = 0; i < kWaves * 2; ++i) {
         const int w = i / 2, half = i % 2, row = w * 64 + half * 8;
@@ -101,7 +102,7 @@ __device__ void store_share(const GemmParams& p, const float (&sum)[kWaves][kTil
         } else {
 #pragma unroll
             for (int j = 0; j < kColumns / 4; ++j)
-                if (j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2 < place.columns)
+                if (j / 2 * 8 + first + j % 2 < place.columns)
                     store_global(to + j / 2 * 8 + j % 2, static_cast<u16>(pack_bf16(sum[w][j / 2 * 4 + half * 2 + j % 2], 0)));
         }
     }

@@ -17,7 +17,7 @@
 #define __cluster_dims__(...)
 #define PTX inline
 
-struct Index { int x, y; };
+struct Index { unsigned x, y; };                 // as CUDA has it: comparisons with what may be negative go wrong
 inline Index threadIdx, blockIdx;
 struct float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
