@@ -19,8 +19,8 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FULL = 0.7  # of the SMs, that a plan has tiles for, or it loses to one that has and takes
-SPREAD = 1.015  # times as long: by itself it has the memory to itself, in a graph its CTAs come where SMs fall free
+FULL = 0.7  # of the SMs at least are busy with a plan, or it has to lead: in a graph its CTAs come where SMs fall free
+LEAD = 1.015  # times its own time or more is what a plan that leaves many SMs idle leads all others by, if it wins
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
 FINAL = 12  # plans of all stages race once more, and the best of the finalists' tiles
 FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any race's would fit
@@ -29,7 +29,7 @@ FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any ra
 class Outcome(NamedTuple):
     """What a sweep came to: a winner, or the reason why there is none.
 
-    `best_seconds` is less than the winner's time where a tie went to a plan that is better known (`Sweep._winner`);
+    `best_seconds` is less than the winner's time where a plan that is nearly as fast was preferred (`Sweep._winner`);
     `stored_seconds` is the time, in the same rounds, of the winner that was stored before.
     """
 
@@ -126,7 +126,8 @@ class Sweep:
             return standings
         known, places = self._survivors(), self._places()
         best = sorted(known, key=places.__getitem__)
-        stay = [self.default, self.incumbent, self._frugal(standings, next(iter(standings)))]
+        full = next((plan for plan in best if self._leaves_few_idle(plan)), None)
+        stay = [self.default, self.incumbent, full, self._frugal(standings, next(iter(standings)))]
         first = [*best[:FINAL], *space.of_different_tiles(best, FINALISTS)]
         plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in known]
         self._record(rig, {plan: timing for plan, timing in known.items() if plan not in plans})
@@ -226,8 +227,11 @@ class Sweep:
         """The fastest that leaves few SMs idle, if one does that is hardly slower than all others; of those that are
         as fast within the noise what it would replace, without it one with the usual L2 policy."""
         fastest = next(iter(standings.values()))
-        near = max(SPREAD * fastest.seconds, fastest.seconds + 2 * fastest.spread)
-        full = {p: t for p, t in standings.items() if t.seconds <= near and self._leaves_few_idle(p)} or standings
+
+        def near(t: Timing) -> bool:
+            return t.seconds <= max(LEAD * fastest.seconds, fastest.seconds + fastest.spread + t.spread)
+
+        full = {p: t for p, t in standings.items() if near(t) and self._leaves_few_idle(p)} or standings
         best, timing = next(iter(full.items()))
         ties = [plan for plan, t in full.items() if t.seconds - timing.seconds <= t.spread + timing.spread]
         best = next(plan for plan in (self.incumbent, usual(best), best) if plan in ties)

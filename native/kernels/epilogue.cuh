@@ -58,7 +58,7 @@ __device__ void store_staged(const GemmParams& p, const u16 (&panels)[kPanels][k
 #pragma unroll
     for (int i = 0; i < 16; i += kRows, to += kRows * p.d_row) {
         if (i >= rows || (16 - i < kRows && lane_row >= 16 - i)) continue;
-        // Rows of a swizzled panel come by powers of two at a time: these set bits that are 0 before.
+        // Of a swizzled panel row and i share no bit (rows come by powers of two at a time), and swizzling is linear in bits.
         const u32 from = kSwizzled ? at ^ panel_offset(i, 0) : at + i * kPanel * sizeof(u16);
         *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(panel + from);
     }

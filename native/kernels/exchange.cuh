@@ -52,13 +52,14 @@ __device__ int share_columns(int part, int consumer) {
     return columns_before(part + 1, consumer) - columns_before(part, consumer);
 }
 
-// Where a thread's sums of its share go: its first element of D, and how much there is from that row on.
+// Where a thread's sums go: its first element of D, and how many rows there are from that one on, and columns: of its share or,
+// operands swapped, from that element on.
 struct Place {
     u16* to;
     int rows, columns;
     bool pairs;                                  // two elements may go at a time
 
-    // Zero, which the assembler does not know. A wait for phase `zero()` of a barrier has all of this ready before, in the wait's
+    // Zero, which the assembler does not know. A wait for phase `zero()` of a barrier has address and columns ready before, in the wait's
     // shadow: 60 instructions and a line of constants, which come from memory.
     __device__ u32 zero() const {
         const u64 address = reinterpret_cast<u64>(to);

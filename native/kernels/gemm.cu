@@ -17,6 +17,7 @@
 // The plan comes in as macros (plan.cuh); shapes, strides and scale layouts are run-time parameters (params.h).
 #include "cluster.cuh"
 #include "epilogue.cuh"
+#include "exchange.cuh"
 #include "params.h"
 #include "plan.cuh"
 #include "ptx.cuh"
@@ -202,8 +203,8 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             promote(kItems - 1);
             kb += kTurn;
         };
-        auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
         if constexpr (kFirstApart) {
+            auto await = [&] { if (!landed) barrier_wait(&ring.stage(s).full, ring.phase); };
             await(), turn(Yes{}, No{});                          // there is one: K = 0 is the reference kernel's
             const int end = kLastApart ? last_block - kTurn : last_block;
             if (kb < end) await();

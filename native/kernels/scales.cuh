@@ -1,4 +1,4 @@
-// The producer's warps that bring scales, beside the one that loads A and B: any layout, A's in bulk where it suits.
+// The producer's warps beside the one that loads: they bring the scales that it does not bring in bulk, in any layout.
 #pragma once
 #include "cluster.cuh"
 #include "plan.cuh"

@@ -62,7 +62,7 @@ __device__ void announce_barriers() {
     if (kKind != kDense) dependency_wait();      // group sizes come from memory; nothing before has read it
 }
 
-// Until all barriers are set up, and those of CTAs that share stages. (Peers that only split K meet at their sums.)
+// Until all barriers are set up, and those of CTAs that share stages. (Peers that only split K meet ahead of the multiplying.)
 __device__ void wait_for_barriers() {
     if constexpr (kShare > 1) cluster_wait();
     else named_barrier_sync(kReady, kThreads);

@@ -1,7 +1,7 @@
 // In place of native/kernels/ptx.cuh where one thread at a time runs on the CPU: waits do nothing, copies are written down.
 #pragma once
-#include <bit>
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
