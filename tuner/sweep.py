@@ -19,8 +19,8 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
-FULL = 0.7  # of the SMs at least are busy with a plan, or it has to lead: in a graph its CTAs come where SMs fall free
-LEAD = 1.015  # times its own time or more is what a plan that leaves many SMs idle leads all others by, if it wins
+FULL = 0.7  # of the SMs are busy with most plans: in a graph CTAs come where SMs fall free, and few spread badly
+LEAD = 1.015  # so a plan for fewer wins only if all others take this many times as long
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
 FINAL = 12  # plans of all stages race once more, and the best of the finalists' tiles
 FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any race's would fit
