@@ -68,7 +68,7 @@ __device__ void store_staged(const GemmParams& p, const u16 (&panels)[kPanels][k
 // which another group's rows begin), and what has no way through shared memory: tiles of 32 rows.
 __device__ void store_wave(const GemmParams& p, const float (&sum)[kTileN / 2], u16* d, int rows, int columns) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
+    const bool pairs = in_pairs(p, d);
     for (int half = 0; half < 2; ++half) {
         const int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows) break;

@@ -30,16 +30,15 @@ __device__ void leave_sums(SharedStorage& s, const float (&sum)[kTileN / 2], u32
     named_barrier_sync(kSliced, 2 * 128);
 }
 
+__device__ float4 add(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
 // A CTA's sums of a group of this consumer's columns: its own or, of slices, both consumers' together.
 template <int kSlice>
 __device__ float4 group_sum(SharedStorage& s, const float (&sum)[kTileN / 2], int group) {
-    const float* const own = &sum[(group + (kSlice > 0 ? groups_of(0) : 0)) * 4];
-    if constexpr (kSlices == 1) {
-        return make_float4(own[0], own[1], own[2], own[3]);
-    } else {
-        const float4 other = slice_sums(s, 1 - kSlice, group)[threadIdx.x % 128];
-        return make_float4(own[0] + other.x, own[1] + other.y, own[2] + other.z, own[3] + other.w);
-    }
+    const float* const v = &sum[(group + (kSlice > 0 ? groups_of(0) : 0)) * 4];
+    const float4 own = make_float4(v[0], v[1], v[2], v[3]);
+    if constexpr (kSlices == 1) return own;
+    else return add(own, slice_sums(s, 1 - kSlice, group)[threadIdx.x % 128]);
 }
 
 // A consumer's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows: what the first
@@ -52,15 +51,20 @@ __device__ int share_columns(int part, int consumer) {
     return columns_before(part + 1, consumer) - columns_before(part, consumer);
 }
 
+// Whether two elements of D, from there on and in the rows below, may be written at a time.
+__device__ bool in_pairs(const GemmParams& p, const u16* d) {
+    return (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
+}
+
 // Where a thread's sums go: its first element of D, and how many rows there are from that one on, and columns: of its share or,
 // operands swapped, from that element on.
 struct Place {
     u16* to;
     int rows, columns;
-    bool pairs;                                  // two elements may go at a time
+    bool pairs;                                  // in_pairs
 
-    // Zero, which the assembler does not know. A wait for phase `zero()` of a barrier has address and columns ready before, in the wait's
-    // shadow: 60 instructions and a line of constants, which come from memory.
+    // Zero, which the assembler does not know. A wait for phase `zero()` of a barrier has address and columns ready before, in the
+    // wait's shadow: 60 instructions and a line of constants, which come from memory.
     __device__ u32 zero() const {
         const u64 address = reinterpret_cast<u64>(to);
         return (static_cast<u32>(address) & 1) | static_cast<u32>(address >> 63) | static_cast<u32>(columns + (1 << 30)) >> 31;
@@ -71,7 +75,7 @@ __device__ Place place_of(const GemmParams& p, const Tile& tile, int part, int c
     const int row = first_row_of(consumer) + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     const int column = tile.column + (kSlices > 1 ? consumer * kConsumerN : 0) + columns_before(part, consumer);
     u16* const to = p.d_data + (tile.row + row) * p.d_row + column + threadIdx.x % 4 * 2;
-    const bool pairs = (reinterpret_cast<u64>(to) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
+    const bool pairs = in_pairs(p, to);
     const int rows = threadIdx.x % 128 < kPartThreads ? tile.rows - row : 0;
     return {to, rows, min(p.n - column, share_columns(part, consumer)), pairs};
 }
@@ -144,7 +148,7 @@ __device__ void add_parts(SharedStorage& s, float (&sum)[kWaves][kTileN / 2], in
             for (int from = 0; from < kSplit; ++from) {
                 const int thread = threadIdx.x % 128 % kPartThreads;
                 const float4 v = from == at ? own[i] : s.parts[from - (from > at)][consumer][i * kPartThreads + thread];
-                total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+                total = from ? add(total, v) : v;
             }
             out[0] = total.x, out[1] = total.y, out[2] = total.z, out[3] = total.w;
         }

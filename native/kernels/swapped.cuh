@@ -20,8 +20,7 @@ constexpr int kSwappedRegisters = kWaves * kTokens / 2;          // of a thread'
 __device__ Place swapped_place(const GemmParams& p, const Tile& tile) {
     const int token = threadIdx.x % 32 / 4, column = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 4 * 2;
     u16* const d = p.d_data + (kKind == kMasked ? tile.group * p.d_group : 0) + (tile.row + token) * p.d_row + tile.column;
-    const bool pairs = (reinterpret_cast<u64>(d) | p.d_row * sizeof(u16)) % sizeof(u32) == 0;
-    return {d + column, min(tile.rows, kTokens) - token, min(p.n - tile.column, kTileN) - column, pairs};
+    return {d + column, min(tile.rows, kTokens) - token, min(p.n - tile.column, kTileN) - column, in_pairs(p, d)};
 }
 
 // The CTAs that share a tile's K: each adds up the sums of some warps' rows of B, in the order of K.
@@ -47,7 +46,7 @@ __device__ bool exchange_swapped(const GemmParams& p, SharedStorage& s, float (&
         for (int from = 0; from < kSplit; ++from) {
             float4 v = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
             if (from != rank) v = s.parts[from - (from > rank)][0][i / 4 * kThreadsEach + thread % kThreadsEach];
-            total = from ? make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w) : v;
+            total = from ? add(total, v) : v;
         }
         sum[i] = total.x, sum[i + 1] = total.y, sum[i + 2] = total.z, sum[i + 3] = total.w;
     }
