@@ -38,6 +38,8 @@ PLANS = [
     Plan(64, 64, 6, cluster_m=2, depth=2, one_tile=1),
     Plan(64, 32, 4, cluster_n=2, depth=4, one_tile=1),
     Plan(8, 48, 4, depth=4, swap_ab=1, one_tile=1),
+    Plan(64, 32, 8, depth=2, split=4, slices=2),
+    Plan(64, 32, 4, depth=4, split=4),
 ]
 SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
     Plan(64, 64, 4, depth=2, split=4),

@@ -224,6 +224,23 @@ def test_compiled_plans(
                 tools.grouped(kind, [3, 0, int(rng.integers(1, 400)), 128, 1], n, k, column=bool(rng.integers(2)))
 
 
+FEW_TURNS = [
+    Plan(64, 32, 8, depth=2, split=4, slices=2),
+    Plan(64, 32, 8, depth=2, split=4),
+    Plan(64, 32, 4, depth=4, split=4),
+    Plan(32, 64, 4, depth=2, split=4),
+]
+
+
+@pytest.mark.parametrize("forced", FEW_TURNS, ids=str)
+def test_few_turns(tools: Tools, hopper: int, force: Callable[[Plan], None], forced: Plan) -> None:
+    """Plans whose CTAs rehearse: shares of K of no turn, of one and of more, tiles that end with D and beyond it."""
+    force(forced._replace(num_sms=device.read_device(hopper).sms))
+    for m, n, k in itertools.product((1, 64, 100), (8, 31, 576), (128, 384, 512, 1152, 7168)):
+        for column in (True, False):
+            tools.dense(m, n, k, column)
+
+
 @pytest.mark.parametrize("part", range(6))
 def test_any_shape(tools: Tools, rng: Rng, part: int) -> None:
     """50 of each part: strides and addresses on and off what TMA takes, odd N, padded rows whose neighbours stay."""

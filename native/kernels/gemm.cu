@@ -139,7 +139,8 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
         int kb = first_block;
         bool landed = false;                                     // the next stage
         Unpromoted rest;
-        auto turn = [&](auto first, auto last) {                 // the first finds no sums, the last leaves some to the store
+        // The first finds no sums, the last leaves some to the store; after a rehearsal the stage is still to come.
+        auto turn = [&](auto first, auto last, u32 rehearsal = 0) {
             float scale_a[kItems][2], scale_b[kTurn][kSegments], partial[kPartials][kTileN / 2];
             auto promote = [&](int item) {
                 const int w = kTurn > 1 ? 0 : item, j = kTurn > 1 ? item : 0;
@@ -198,7 +199,7 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             }
             if (last.value) wait_for_staging(consumer);
             wgmma_wait<0>();
-            release(used);                                       // before the promotion: neither side need wait for it
+            if (!rehearsal) release(used);                       // before the promotion: neither side need wait for it
             landed = barrier_test(&ring.stage(s).full, ring.phase);
             promote(kItems - 1);
             kb += kTurn;
@@ -218,10 +219,18 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             if (kLastApart && kb < last_block) await(), turn(No{}, Yes{});
             else if (kLastApart) wait_for_staging(consumer), rest = {};          // the first was the last
         } else {
-            while (kb < last_block) {                            // the sums are zeroed ahead of the first wait so, not behind it
-                barrier_wait(&ring.stage(s).full, ring.phase);
-                do turn(No{}, No{});
-                while (landed && kb < last_block);               // one branch
+            u32 rehearsal = kBrief ? keep(first_block < last_block) : 0;
+            if (rehearsal) kb = last_block - kTurn;              // a turn: all warps of a wgmma must agree how many there are
+            for (;;) {
+                while (kb < last_block) {                        // the sums are zeroed ahead of the first wait so, not behind it
+                    if (!rehearsal) barrier_wait(&ring.stage(s).full, ring.phase);
+                    do turn(No{}, No{}, rehearsal);
+                    while (landed && kb < last_block);           // one branch
+                }
+                if (!rehearsal) break;
+                rehearsal = 0, kb = first_block, ring = Ring(), a_stage = a_first, b_stage = b_first;
+#pragma unroll
+                for (int i = 0; i < kTileN / 2; ++i) sum[0][i] = 0;
             }
         }
         finish_tile(p, s, sum, rest, tile, consumer, rounds);
@@ -242,7 +251,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(kThreads, 1) fp8gemm_ge
         announce_barriers();
         return load_operands(p, s, share_of_k(p, part), share_of_k(p, part + 1));
     }
-    set_up_barriers(s, warp, 1 + scale_arrivals(p));
+    if (!kBrief || warpgroup < kConsumers) set_up_barriers(s, warp, 1 + scale_arrivals(p));
     announce_barriers();
     const int first = share_of_k(p, part), last = share_of_k(p, part + 1);
     if (warpgroup < kConsumers) {

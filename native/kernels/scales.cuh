@@ -83,12 +83,13 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
         from[0] += first_block * step;
         for (int r = 1; r < kRows; ++r) from[r] = from[r - 1] + kOfA * p.sa_row;
         const int end = of_b ? (column < p.n ? kSegments : 0) : min(tile.rows, kTileM);
-        if (kScalesAhead && first) wait_for_first_load(), first = false;
+        if (kScalesAhead && !kBrief && first) wait_for_first_load(), first = false;
         dependency_wait();
         for (int kb = first_block; kb < last_block; kb += kDepth, ring.advance()) {
             Stage& stage = ring.stage(s);
             const int left = blocks - kb;                        // zeros behind K
-            (kDepth > 1 ? barrier_spin : barrier_wait)(&stage.empty, ring.phase ^ 1);    // what it copies is wanted next
+            if (!kBrief || !first)                               // the first is empty, and its barriers may not be set up yet
+                (kDepth > 1 ? barrier_spin : barrier_wait)(&stage.empty, ring.phase ^ 1);        // what it copies is wanted next
             for (int r = 0; r < kRows; ++r) {
                 const u32 there = to + ring.offset + r * kOfA * sizeof stage.scales[0];
                 if (place + r * kOfA < end) {
@@ -98,6 +99,7 @@ __device__ void load_scales(const GemmParams& p, SharedStorage& s, int first_blo
                 }
                 from[r] += kDepth * step;
             }
+            if (kBrief && first) wait_for_first_load(), first = false;           // then they are
             copy_async_arrive(&stage.full);
         }
         if (kOneTile) break;

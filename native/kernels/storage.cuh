@@ -38,11 +38,13 @@ constexpr int kBeyond = kSwapAB ? (kWaves * 64 - kTileN) * kTileK : 0;
 static_assert(sizeof(SharedStorage) + kBeyond == SMEM_BYTES, "fp8gemm/plan.py and SharedStorage disagree");
 #endif
 
-// The barriers of a stage or a consumer each, by all warps at a time but the one that loads, which goes ahead to its code.
+// The barriers of a stage or a consumer each, by all warps at a time but the one that loads, which goes ahead to its code, or by
+// the consumers' alone.
 __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
+    constexpr int kWarps = kBrief ? kLoader : kThreads / 32 - 1;
     if (!elect_one()) return;
 #pragma unroll 1
-    for (int i = warp - (warp > kLoader); i < kStages; i += kThreads / 32 - 1) {
+    for (int i = warp - (warp > kLoader); i < kStages; i += kWarps) {
         barrier_init(&s.stages[i].full, arrivals);
         barrier_init(&s.stages[i].empty, kConsumers * 4 * kShare);
     }

@@ -44,6 +44,20 @@ void check(const GemmParams& p, const Tile& tile, int kb, const std::vector<std:
     }
 }
 
+// Copies before the first arrival.
+size_t of_first_stage() {
+    return std::find_if(copies.begin(), copies.end(), [](const Copy& c) { return !c.to; }) - copies.begin();
+}
+
+// A stage is waited for before it is filled; but the first, where others may still set up its barriers.
+void check_waits(SharedStorage& s) {
+    for (size_t i = 0; i < waits.size(); ++i) {
+        const size_t fill = i + kBrief;
+        if (waits[i] != std::pair<const u64*, u32>{&s.stages[fill % kStages].empty, fill / kStages % 2 ^ 1})
+            fail("another barrier waited for, or phase", i, waits.size());
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -68,15 +82,19 @@ int main() {
             for_each_cluster(p, [&] {
                 const int threads = bulk ? 32 : kScaleThreads;
                 std::vector<std::vector<Copy>> of_thread;
+                std::vector<size_t> waited;
                 arrivals.clear();
                 for (int thread = 0; thread < threads; ++thread) {
                     threadIdx.x = kConsumers * 128 + 32 + thread;
                     for (int start : {last, 0}) {                // a share of K may be empty
-                        copies.clear(), loads.clear(), meetings.clear();
+                        copies.clear(), loads.clear(), meetings.clear(), waits.clear();
                         bulk ? load_other_scales(p, s, start, last) : load_scales(p, s, start, last);
-                        if (meetings != std::vector<Meeting>(kScalesAhead, {kLoading, 0})) fail("meets others", thread, start);
+                        const size_t begun = kBrief && start < last ? of_first_stage() : 0;
+                        if (meetings != std::vector<Meeting>(kScalesAhead, {kLoading, begun})) fail("meets others", thread, start);
+                        check_waits(s);
                     }
                     of_thread.push_back(copies);
+                    waited.push_back(waits.size());
                 }
                 std::vector<size_t> at(threads);
                 Scheduler tiles(p);
@@ -99,7 +117,8 @@ int main() {
                     }
                 if (bulk && fill != arrivals.size()) fail("more arrivals than there are stages", fill, 0);
                 for (int thread = 0; thread < threads; ++thread)
-                    if (at[thread] != of_thread[thread].size()) fail("more than there is", thread, fill);
+                    if (at[thread] != of_thread[thread].size() || waited[thread] != fill - kBrief)
+                        fail("more than there is, or waits", thread, fill);
             });
         }
     printf("ok\n");
