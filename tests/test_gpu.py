@@ -272,10 +272,12 @@ def test_any_groups(tools: Tools, rng: Rng, kind: int) -> None:
 
 
 def test_same_bits_each_time(tools: Tools, rng: Rng, hopper: int, force: Callable[[Plan], None]) -> None:
-    """100 calls with each of some plans, and of some that split or slice K."""
-    space = plan.compiled_space(native.DENSE, device.read_device(hopper))
+    """100 calls with each of some plans, of some that split or slice K, and of those whose CTAs rehearse."""
+    gpu = device.read_device(hopper)
+    space = plan.compiled_space(native.DENSE, gpu)
     split, sliced = [p for p in space if p.split > 1], [p for p in space if p.slices > 1]
-    samples = [(space, 8), (split, 6), (sliced, 4)]
+    few_turns = [p._replace(num_sms=gpu.sms) for p in FEW_TURNS]
+    samples = [(space, 8), (split, 6), (sliced, 4), (few_turns, len(few_turns))]
     for forced in [plans[i] for plans, count in samples for i in rng.permutation(len(plans))[:count]]:
         force(forced)
         (a, sa), rhs = tools.matrix(130, 3072), tools.matrix(700, 3072, height=128)
