@@ -219,8 +219,8 @@ __device__ void multiply(const GemmParams& p, SharedStorage& s, int first_block,
             if (kLastApart && kb < last_block) await(), turn(No{}, Yes{});
             else if (kLastApart) wait_for_staging(consumer), rest = {};          // the first was the last
         } else {
-            u32 rehearsal = kBrief ? keep(first_block < last_block) : 0;
-            if (rehearsal) kb = last_block - kTurn;              // a turn: all warps of a wgmma must agree how many there are
+            u32 rehearsal = kBrief ? keep(first_block < last_block) : 0;         // kept: it must be the same code
+            if (rehearsal) kb = last_block - kTurn;              // one turn: a wgmma's warps must agree how many there are
             for (;;) {
                 while (kb < last_block) {                        // the sums are zeroed ahead of the first wait so, not behind it
                     if (!rehearsal) barrier_wait(&ring.stage(s).full, ring.phase);
