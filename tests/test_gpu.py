@@ -224,7 +224,7 @@ def test_compiled_plans(
                 tools.grouped(kind, [3, 0, int(rng.integers(1, 400)), 128, 1], n, k, column=bool(rng.integers(2)))
 
 
-FEW_TURNS = [
+BRIEF = [
     Plan(64, 32, 8, depth=2, split=4, slices=2),
     Plan(64, 32, 8, depth=2, split=4),
     Plan(64, 32, 4, depth=4, split=4),
@@ -232,8 +232,8 @@ FEW_TURNS = [
 ]
 
 
-@pytest.mark.parametrize("forced", FEW_TURNS, ids=str)
-def test_few_turns(tools: Tools, hopper: int, force: Callable[[Plan], None], forced: Plan) -> None:
+@pytest.mark.parametrize("forced", BRIEF, ids=str)
+def test_brief_work(tools: Tools, hopper: int, force: Callable[[Plan], None], forced: Plan) -> None:
     """Plans whose CTAs rehearse: shares of K of no turn, of one and of more, tiles that end with D and beyond it."""
     force(forced._replace(num_sms=device.read_device(hopper).sms))
     for m, n, k in itertools.product((1, 64, 100), (8, 31, 576), (128, 384, 512, 1152, 7168)):
@@ -276,8 +276,8 @@ def test_same_bits_each_time(tools: Tools, rng: Rng, hopper: int, force: Callabl
     gpu = device.read_device(hopper)
     space = plan.compiled_space(native.DENSE, gpu)
     split, sliced = [p for p in space if p.split > 1], [p for p in space if p.slices > 1]
-    few_turns = [p._replace(num_sms=gpu.sms) for p in FEW_TURNS]
-    samples = [(space, 8), (split, 6), (sliced, 4), (few_turns, len(few_turns))]
+    brief = [p._replace(num_sms=gpu.sms) for p in BRIEF]
+    samples = [(space, 8), (split, 6), (sliced, 4), (brief, len(brief))]
     for forced in [plans[i] for plans, count in samples for i in rng.permutation(len(plans))[:count]]:
         force(forced)
         (a, sa), rhs = tools.matrix(130, 3072), tools.matrix(700, 3072, height=128)
