@@ -251,7 +251,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(kThreads, 1) fp8gemm_ge
         announce_barriers();
         return load_operands(p, s, share_of_k(p, part), share_of_k(p, part + 1));
     }
-    if (!kBrief || warpgroup < kConsumers) set_up_barriers(s, warp, 1 + scale_arrivals(p));
+    set_up_barriers(s, warp, 1 + scale_arrivals(p));
     announce_barriers();
     const int first = share_of_k(p, part), last = share_of_k(p, part + 1);
     if (warpgroup < kConsumers) {

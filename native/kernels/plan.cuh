@@ -74,7 +74,7 @@ constexpr int kScaleThreads = 96;                                // of the produ
 // Whether a CTA's work is brief: a fourth of K, few columns. It is behind from its first turn to its last, so what stands before the
 // first counts. Its scales are asked for ahead of its operands, by warps that leave the barriers to the consumers. And these
 // rehearse: multiply once for nothing, with whatever shared memory holds, while the first stage is on its way; then the turn's
-// code is at hand, not in memory. 64 x 32 takes 1 to 5% less time, most with row-major scales. Other tiles would take 1 to 3% more:
+// code is at hand, not in memory. 64 x 32 takes up to 5% less time, most with row-major scales. Other tiles would take 1 to 3% more:
 // tensor cores are at work sooner, and the clock falls sooner (inferred).
 constexpr bool kBrief = kOneTile && kDepth > 1 && !kSwapAB && kSplit == 4 && kTileM * kTileN <= 64 * 32;
 constexpr bool kBulkScales = kDepth == 1 && kTileM >= 64;        // A's may come by bulk copies: few and large enough

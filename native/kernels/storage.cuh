@@ -42,6 +42,7 @@ static_assert(sizeof(SharedStorage) + kBeyond == SMEM_BYTES, "fp8gemm/plan.py an
 // the consumers' alone.
 __device__ void set_up_barriers(SharedStorage& s, int warp, int arrivals) {
     constexpr int kWarps = kBrief ? kLoader : kThreads / 32 - 1;
+    if (kBrief && warp >= kLoader) return;
     if (!elect_one()) return;
 #pragma unroll 1
     for (int i = warp - (warp > kLoader); i < kStages; i += kWarps) {

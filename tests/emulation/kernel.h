@@ -34,7 +34,7 @@ void for_each_cluster(const GemmParams& p, Body body) {
 inline u32 arrivals_wanted(SharedStorage& s, const u64* barrier) {
     inits.clear();
     for (int warp = 0; warp < kThreads / 32; ++warp)
-        if (kBrief ? warp < kLoader : warp != kLoader) set_up_barriers(s, warp, 1);
+        if (warp != kLoader) set_up_barriers(s, warp, 1);
     u32 wanted = 0;
     for (const auto& [of, count] : inits)
         if (of == barrier) wanted += count;
