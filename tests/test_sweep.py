@@ -367,24 +367,47 @@ def test_a_stored_winner_is_replaced_only_by_a_clear_lead() -> None:
     assert len({row["sweep"] for row in measured()}) == 3
 
 
-def test_a_tie_goes_to_the_winner_of_the_other_layout() -> None:
-    """Calls use it where their own layout has none; another kernel would be loaded beside it and gain nothing."""
+@pytest.mark.parametrize(("lead", "noise", "shared"), [(1e-3, 0.02, True), (8e-3, 0.002, True), (0.013, 0.002, False)])
+def test_one_kernel_serves_both_layouts_where_it_is_nearly_as_fast(lead: float, noise: float, shared: bool) -> None:
+    """Another one would be loaded beside it, and its code be cold where calls take turns, for less than a percent."""
     sweep(FakeRig(by_columns(3)))
 
     def nearly(p: AnyPlan) -> float:
-        return 0.999e-3 if p == CpuPlan(8, 64) else by_columns(3)(p)
+        return 1e-3 * (1 - lead) if p == CpuPlan(8, 64) else by_columns(3)(p)
 
-    tie = sweep(FakeRig(nearly, noise=0.02, seed=1), TASK.with_other_scales())
-    assert tie.winner is not None
-    assert tie.winner.plan == CpuPlan(8, 128)
-    assert tie.stored_seconds is None
-    lead = sweep(FakeRig(by_columns(1), noise=0.02), TASK.with_other_scales()).winner
-    assert lead is not None
-    assert lead.plan == CpuPlan(8, 32)
+    outcome = sweep(FakeRig(nearly, noise=noise, seed=1), TASK.with_other_scales())
+    assert outcome.winner is not None
+    assert outcome.winner.plan == CpuPlan(8, 128 if shared else 64)
+    assert outcome.stored_seconds is None
     assert [row["row_scales"] for row in store.rows("winners")] == [0, 1]
-    own = sweep(FakeRig(lambda p: 1e-3 * (1 + (p.tile_n not in (32, 128)))), TASK.with_other_scales()).winner
+
+
+def test_a_layouts_own_winner_comes_before_the_others() -> None:
+    sweep(FakeRig(by_columns(3)))
+    own = sweep(FakeRig(by_columns(1), noise=0.02), TASK.with_other_scales()).winner
     assert own is not None
-    assert own.plan == CpuPlan(8, 32), "its own comes before the other's"
+    assert own.plan == CpuPlan(8, 32)
+    tie = sweep(FakeRig(lambda p: 1e-3 * (1 + (p.tile_n not in (32, 128)))), TASK.with_other_scales()).winner
+    assert tie is not None
+    assert tie.plan == CpuPlan(8, 32)
+
+
+@pytest.mark.parametrize(
+    ("m", "lead", "rows"), [(128, 1e-3, 64), (128, 8e-3, 64), (128, 0.013, 128), (64, 8e-3, 128), (256, 8e-3, 128)]
+)
+def test_of_few_rows_a_small_lead_goes_to_ctas_that_copy_few_scales(m: int, lead: float, rows: int) -> None:
+    task = Task(Problem(0, m, 7168, 2048), H100.name, H100.sms, H100.sms)
+    plans = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan) and space.busy_sms(p, task) > 100]
+    high, low = (next(p for p in plans if p.tile_m == tile_m) for tile_m in (128, 64))
+
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, Plan)
+        return 1e-5 * (2 - (p.kernel(0) == low.kernel(0)) - (1 + lead) * (p.kernel(0) == high.kernel(0)))
+
+    winner = sweep(FakeRig(seconds, noise=0.002, seed=3), task, H100).winner
+    assert winner is not None
+    assert isinstance(winner.plan, Plan)
+    assert winner.plan.tile_m == rows
 
 
 @pytest.mark.parametrize(("gain", "policy"), [(1e-3, "evict_normal"), (0.01, "evict_first"), (0.1, "evict_first")])

@@ -18,7 +18,7 @@ from .writer import Measurement, Winner, Writer
 
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
-FRUGAL = 1.01  # a plan with fewer SMs may take this much longer
+NEARLY = 1.01  # times the best: a plan that is better otherwise may take this much longer
 FULL = 0.7  # of the SMs are busy with most plans: in a graph CTAs come where SMs fall free, and few spread badly
 LEAD = 1.015  # so a plan for fewer wins only if all others take this many times as long
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
@@ -67,7 +67,8 @@ class Sweep:
         self.space = store.space(target.device)
         self.default = space.default(task, target.device)
         self.stored = writer.incumbent(task, target.device)
-        self.incumbent = self.stored or writer.incumbent(task.with_other_scales(), target.device) or self.default
+        self.other = writer.incumbent(task.with_other_scales(), target.device)  # of the other layout of A's scales
+        self.known = [plan for plan in (self.stored, self.other, self.default) if plan]  # calls use the first so far
         self.errors: dict[AnyPlan, float] = {}
         self.stages: list[dict[AnyPlan, Timing]] = []  # the survivors of each
         self.recorded: set[AnyPlan] = set()
@@ -83,7 +84,7 @@ class Sweep:
 
     def _run(self) -> Outcome:
         plans = space.kernels(self.task, self.target.device, None if self.full else space.MOST)
-        plans = self._built(dict.fromkeys([*plans, self.incumbent]))
+        plans = self._built(dict.fromkeys([*plans, *self.known]))
         if not plans:
             return self._nothing(STOPPED if self.stop() else "no plan could be built")
         with contextlib.closing(self.target.rig(self.task)) as rig:
@@ -100,7 +101,7 @@ class Sweep:
             finalists = space.of_different_tiles(standings, FINALISTS)
             extra = [plan for best in finalists for plan in more(best, self.task)]
             if extra:
-                keep = dict.fromkeys([*finalists, *map(usual, finalists), self.default, self.incumbent])
+                keep = dict.fromkeys([*finalists, *map(usual, finalists), *self.known])
                 going_on = [plan for plan in keep if plan in standings]
                 later = self._stage(rig, [*going_on, *self._built(extra)], stage)
                 standings = later or standings
@@ -127,7 +128,8 @@ class Sweep:
         known, places = self._survivors(), self._places()
         best = sorted(known, key=places.__getitem__)
         full = next((plan for plan in best if self._leaves_few_idle(plan)), None)
-        stay = [self.default, self.incumbent, full, self._frugal(standings, next(iter(standings)))]
+        fewest = min(best, key=lambda p: (not self._leaves_few_idle(p), space.scale_copies(p, self.task)))
+        stay = [*self.known, full, fewest, self._frugal(standings, next(iter(standings)))]
         first = [*best[:FINAL], *space.of_different_tiles(best, FINALISTS)]
         plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in known]
         self._record(rig, {plan: timing for plan, timing in known.items() if plan not in plans})
@@ -150,7 +152,7 @@ class Sweep:
         right = self._right(rig, plans)
         if not right or self.stop():
             return {}
-        self.stages.append(self._new_race(rig, right, stage, (self.default, self.incumbent), MOST_ROUNDS).run())
+        self.stages.append(self._new_race(rig, right, stage, self.known, MOST_ROUNDS).run())
         return self.stages[-1]
 
     def _survivors(self) -> dict[AnyPlan, Timing]:
@@ -224,24 +226,38 @@ class Sweep:
         self.recorded |= timings.keys()
 
     def _winner(self, standings: dict[AnyPlan, Timing]) -> Winner:
-        """The fastest that leaves few SMs idle, if one does that is hardly slower than all others; of those that are
-        as fast within the noise what it would replace, without it one with the usual L2 policy."""
+        """The preferred plan, and beside it the one with the fewest SMs that takes hardly longer."""
+        best = self._preferred(standings)
+        timing, default = standings[best], standings.get(self.default)
+        winner = Winner(best, timing.seconds, timing.spread, self.default, default.seconds if default else None)
+        frugal = self._frugal(standings, best)
+        if not frugal:
+            return winner
+        return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
+
+    def _preferred(self, standings: dict[AnyPlan, Timing]) -> AnyPlan:
+        """The fastest that leaves few SMs idle, if one does that is hardly slower than all others. Instead of it
+
+        - within the noise the stored winner;
+        - if nearly as fast, the other layout's winner: one kernel serves both;
+        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default or the usual policy.
+        """
         fastest = next(iter(standings.values()))
 
         def near(t: Timing) -> bool:
             return t.seconds <= max(LEAD * fastest.seconds, fastest.seconds + fastest.spread + t.spread)
 
         full = {p: t for p, t in standings.items() if near(t) and self._leaves_few_idle(p)} or standings
-        best, timing = next(iter(full.items()))
-        ties = [plan for plan, t in full.items() if t.seconds - timing.seconds <= t.spread + timing.spread]
-        best = next(plan for plan in (self.incumbent, usual(best), best) if plan in ties)
-        timing = standings[best]
-        default = standings.get(self.default)
-        winner = Winner(best, timing.seconds, timing.spread, self.default, default.seconds if default else None)
-        frugal = self._frugal(standings, best)
-        if not frugal:
-            return winner
-        return winner._replace(frugal_plan=frugal, frugal_seconds=standings[frugal].seconds)
+        if self.stored in ties(full):
+            return self.stored
+        least = next(iter(full.values())).seconds
+        nearly = {plan: t for plan, t in full.items() if t.seconds <= NEARLY * least}
+        if self.other in nearly:
+            return self.other
+        copies = min(space.scale_copies(plan, self.task) for plan in nearly)
+        fewest = {plan: t for plan, t in nearly.items() if space.scale_copies(plan, self.task) == copies}
+        best = next(iter(fewest))
+        return next(plan for plan in (self.default, usual(best), best) if plan in ties(fewest))
 
     def _leaves_few_idle(self, plan: AnyPlan) -> bool:
         """Whether the plan has tiles for most SMs of a GPU."""
@@ -250,9 +266,15 @@ class Sweep:
     @staticmethod
     def _frugal(standings: dict[AnyPlan, Timing], best: AnyPlan) -> AnyPlan | None:
         """The plan with the fewest SMs, fewer than the best one's, that takes hardly longer."""
-        limit = FRUGAL * standings[best].seconds
+        limit = NEARLY * standings[best].seconds
         thrifty = [plan for plan, t in standings.items() if plan.num_sms < best.num_sms and t.seconds <= limit]
         return min(thrifty, key=lambda plan: (plan.num_sms, standings[plan].seconds), default=None)
+
+
+def ties(standings: dict[AnyPlan, Timing]) -> list[AnyPlan]:
+    """Those that are as fast as the first within the noise."""
+    best = next(iter(standings.values()))
+    return [plan for plan, t in standings.items() if t.seconds - best.seconds <= t.spread + best.spread]
 
 
 def usual(plan: AnyPlan) -> AnyPlan:
