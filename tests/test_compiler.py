@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import statistics
@@ -76,12 +77,12 @@ def name(kernel: Kernel) -> str:
     return "_".join([kernel.function.removeprefix("fp8gemm_"), *(str(value) for _, value in kernel.macros)])
 
 
-def main(major: int, folder: Path) -> None:
-    """In a process of its own: builds everything by that NVRTC and prints what came out, as JSON."""
+def main(major: int, wanted: Path, folder: Path) -> None:
+    """In a process of its own: builds all that is wanted by that NVRTC and prints what came out, as JSON."""
     if major == 12 and not compiler.preload_nvrtc_12():
         raise SystemExit("nvidia-cuda-nvrtc-cu12 is not installed")
     outcomes = {}
-    for index, kernel in enumerate(kernels()):
+    for index, kernel in enumerate(pickle.loads(wanted.read_bytes())):
         built = compiler.build(kernel)
         path = folder / f"{name(kernel)}.cubin"
         path.write_bytes(built.cubin)
@@ -94,10 +95,12 @@ def main(major: int, folder: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """The builds of each NVRTC."""
     folder = tmp_path_factory.mktemp("cubins")
+    wanted = folder / "kernels"
+    wanted.write_bytes(pickle.dumps(kernels()))
     started = {}
     for version, major in VERSIONS.items():
         (folder / version).mkdir()
-        command = [sys.executable, __file__, str(major), str(folder / version)]
+        command = [sys.executable, __file__, str(major), str(wanted), str(folder / version)]
         paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         started[version] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -265,11 +268,12 @@ def test_hardware_is_used(run: Run, sass_of: Any) -> None:
             if macros["ONE_TILE"] and p.depth > 1 and "MULTICAST" not in sass:  # with a loop over tiles 100 to 130
                 ahead = sum(instructions(sass[: sass.index("UTMALDG")]).values())
                 assert ahead < 96, f"{kernel}: {ahead} instructions ahead of the first load"
-            assert not any(re.search(r"\bLDC\b", line) for line in wgmma_loop(sass, p)), f"{kernel} waits for constants"
-            moved = [line for line in wgmma_loop(sass, p) if "R2UR" in line]
+            loop = wgmma_loop(sass, p)
+            assert not any(re.search(r"\bLDC\b", line) for line in loop), f"{kernel} waits for constants"
+            moved = [line for line in loop if "R2UR" in line]
             # Of some kernels the ring's phase, once a turn, which no wgmma reads.
             assert len(moved) <= turns(p)[1], f"{kernel} moves its descriptors to uniform registers"
-            assert not moved_to_wgmma(wgmma_loop(sass, p)), f"{kernel} moves descriptors to uniform registers"
+            assert not moved_to_wgmma(loop), f"{kernel} moves descriptors to uniform registers"
         else:
             assert "QGMMA" not in found
 
@@ -492,4 +496,4 @@ def test_names_are_distinct() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
