@@ -29,8 +29,8 @@ FINAL_SECONDS = 1.5  # of running plans at most, unless fewer rounds than any ra
 class Outcome(NamedTuple):
     """What a sweep came to: a winner, or the reason why there is none.
 
-    `best_seconds` is less than the winner's time where a plan that is nearly as fast was preferred (`Sweep._winner`);
-    `stored_seconds` is the time, in the same rounds, of the winner that was stored before.
+    `best_seconds` is less than the winner's time where a plan that is nearly as fast was preferred; `stored_seconds`
+    is the time, in the same rounds, of the winner that was stored before.
     """
 
     task: Task
