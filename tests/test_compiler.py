@@ -104,10 +104,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         started[version] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    printed = {version: process.communicate()[0] for version, process in started.items()}  # of all, whichever failed
     found = {}
-    for version, process in started.items():
-        text, _ = process.communicate()
-        assert process.returncode == 0, f"NVRTC {version} did not build everything; its error is above"
+    for version, text in printed.items():
+        assert started[version].returncode == 0, f"NVRTC {version} did not build everything; its error is above"
         made_by, outcomes = json.loads(text)
         found[version] = Run(made_by, {key: Outcome(*fields) for key, fields in outcomes.items()})
     return found
