@@ -22,8 +22,8 @@ from fp8gemm.problem import Problem
 from fp8gemm.store import AnyPlan, Task
 from fp8gemm.tuner import cpu, measure, operands, presets, space, tune
 from fp8gemm.tuner.gpu import judge
-from fp8gemm.tuner.measure import Race, Rig
-from fp8gemm.tuner.sweep import Outcome, Sweep
+from fp8gemm.tuner.measure import Race, Rig, Timing
+from fp8gemm.tuner.sweep import Outcome, Sweep, as_fast
 from fp8gemm.tuner.target import CpuTarget, open_target
 from fp8gemm.tuner.writer import Stamp, Writer
 
@@ -390,6 +390,19 @@ def test_a_layouts_own_winner_comes_before_the_others() -> None:
     tie = sweep(FakeRig(lambda p: 1e-3 * (1 + (p.tile_n not in (32, 128)))), TASK.with_other_scales()).winner
     assert tie is not None
     assert tie.plan == CpuPlan(8, 32)
+
+
+def test_noise_is_no_lead() -> None:
+    """What the spreads allow is a tie, however much longer the plan seems to take; the factor comes beside them."""
+    first, loud, near, far = (CpuPlan(8, n) for n in (16, 32, 64, 128))
+    standings: dict[AnyPlan, Timing] = {
+        first: Timing(1.0, 0.001, 256, 0.9),
+        near: Timing(1.009, 0.001, 256, 0.9),
+        far: Timing(1.02, 0.001, 256, 0.9),
+        loud: Timing(1.03, 0.03, 256, 0.9),
+    }
+    assert list(as_fast(standings)) == [first, loud]
+    assert list(as_fast(standings, 1.01)) == [first, near, loud]
 
 
 @pytest.mark.parametrize(

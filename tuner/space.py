@@ -85,8 +85,7 @@ def busy_sms(plan: Plan, task: Task) -> int:
 def scale_copies(plan: AnyPlan, task: Task) -> int:
     """Rows of A whose scales a lane copies for each stage (scales.cuh), where rows are few and dense; 1 for others.
 
-    Each row of row-major scales is a line of memory. To a sweep 128 x 64 and pairs of 64 x 128 are equally fast for
-    128 x 7168 x 2048; comparisons have them at 5.86 and 5.84 us, row-major at 6.18 and 5.82 (docs/tuner.md).
+    Each row of row-major scales is a line of memory, which a sweep hardly sees (docs/tuner.md).
     """
     p = task.problem
     if not isinstance(plan, Plan) or p.kind != native.DENSE or p.m > FEW_ROWS:

@@ -242,22 +242,17 @@ class Sweep:
         - if nearly as fast, the other layout's winner: one kernel serves both;
         - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default or the usual policy.
         """
-        fastest = next(iter(standings.values()))
-
-        def near(t: Timing) -> bool:
-            return t.seconds <= max(LEAD * fastest.seconds, fastest.seconds + fastest.spread + t.spread)
-
-        full = {p: t for p, t in standings.items() if near(t) and self._leaves_few_idle(p)} or standings
-        if self.stored in ties(full):
+        near = as_fast(standings, LEAD)
+        full = {plan: t for plan, t in near.items() if self._leaves_few_idle(plan)} or standings
+        if self.stored in as_fast(full):
             return self.stored
-        least = next(iter(full.values())).seconds
-        nearly = {plan: t for plan, t in full.items() if t.seconds <= NEARLY * least}
+        nearly = as_fast(full, NEARLY)
         if self.other in nearly:
             return self.other
         copies = min(space.scale_copies(plan, self.task) for plan in nearly)
         fewest = {plan: t for plan, t in nearly.items() if space.scale_copies(plan, self.task) == copies}
         best = next(iter(fewest))
-        return next(plan for plan in (self.default, usual(best), best) if plan in ties(fewest))
+        return next(plan for plan in (self.default, usual(best), best) if plan in as_fast(fewest))
 
     def _leaves_few_idle(self, plan: AnyPlan) -> bool:
         """Whether the plan has tiles for most SMs of a GPU."""
@@ -271,10 +266,14 @@ class Sweep:
         return min(thrifty, key=lambda plan: (plan.num_sms, standings[plan].seconds), default=None)
 
 
-def ties(standings: dict[AnyPlan, Timing]) -> list[AnyPlan]:
-    """Those that are as fast as the first within the noise."""
+def as_fast(standings: dict[AnyPlan, Timing], factor: float = 1.0) -> dict[AnyPlan, Timing]:
+    """Those that take at most `factor` times as long as the first, or are as fast within the noise."""
     best = next(iter(standings.values()))
-    return [plan for plan, t in standings.items() if t.seconds - best.seconds <= t.spread + best.spread]
+    return {
+        p: t
+        for p, t in standings.items()
+        if t.seconds <= max(factor * best.seconds, best.seconds + best.spread + t.spread)
+    }
 
 
 def usual(plan: AnyPlan) -> AnyPlan:
