@@ -406,7 +406,7 @@ def test_noise_is_no_lead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "lead", "rows"), [(128, 1e-3, 64), (128, 8e-3, 64), (128, 0.013, 128), (64, 8e-3, 128), (256, 8e-3, 128)]
+    ("m", "lead", "rows"), [(128, 1e-3, 64), (128, 0.017, 64), (128, 0.03, 128), (64, 0.017, 128), (256, 0.017, 128)]
 )
 def test_of_few_rows_a_small_lead_goes_to_ctas_that_copy_few_scales(m: int, lead: float, rows: int) -> None:
     task = Task(Problem(0, m, 7168, 2048), H100.name, H100.sms, H100.sms)
@@ -417,10 +417,27 @@ def test_of_few_rows_a_small_lead_goes_to_ctas_that_copy_few_scales(m: int, lead
         assert isinstance(p, Plan)
         return 1e-5 * (2 - (p.kernel(0) == low.kernel(0)) - (1 + lead) * (p.kernel(0) == high.kernel(0)))
 
-    winner = sweep(FakeRig(seconds, noise=0.002, seed=3), task, H100).winner
+    winner = sweep(FakeRig(seconds, noise=0.03, seed=3), task, H100).winner
     assert winner is not None
     assert isinstance(winner.plan, Plan)
     assert winner.plan.tile_m == rows
+
+
+@pytest.mark.parametrize(("lead", "slices"), [(1e-3, 2), (0.01, 1)])
+def test_a_tie_goes_to_two_slices(lead: float, slices: int) -> None:
+    task = Task(Problem(0, 64, 576, 7168), H100.name, H100.sms, H100.sms)
+    two = next(p for p in space.kernels(task, H100) if isinstance(p, Plan) and p.slices == 2)
+    one = two._replace(slices=1)
+    assert one in space.kernels(task, H100)
+
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, Plan)
+        return 1e-5 * (2 - (p.kernel(0) == two.kernel(0)) - (1 + lead) * (p.kernel(0) == one.kernel(0)))
+
+    winner = sweep(FakeRig(seconds, noise=0.002 if slices == 1 else 0.02, seed=1), task, H100).winner
+    assert winner is not None
+    assert isinstance(winner.plan, Plan)
+    assert winner.plan.kernel(0) == two._replace(slices=slices).kernel(0)
 
 
 @pytest.mark.parametrize(("gain", "policy"), [(1e-3, "evict_normal"), (0.01, "evict_first"), (0.1, "evict_first")])

@@ -19,6 +19,7 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 NEARLY = 1.01  # times the best: a plan that is better otherwise may take this much longer
+FEWER_COPIES = 1.02  # so may one whose CTAs copy scales of fewer rows: sweeps hardly see what these cost
 FULL = 0.7  # of the SMs are busy with most plans: in a graph CTAs come where SMs fall free, and few spread badly
 LEAD = 1.015  # so a plan for fewer wins only if all others take this many times as long
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
@@ -240,19 +241,22 @@ class Sweep:
 
         - within the noise the stored winner;
         - if nearly as fast, the other layout's winner: one kernel serves both;
-        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default or the usual policy.
+        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default, or the plan with two
+          slices or the usual policy.
         """
-        near = as_fast(standings, LEAD)
-        full = {plan: t for plan, t in near.items() if self._leaves_few_idle(plan)} or standings
+        full = {plan: t for plan, t in standings.items() if self._leaves_few_idle(plan)}
+        if not full.keys() & as_fast(standings, LEAD).keys():
+            full = standings
         if self.stored in as_fast(full):
             return self.stored
-        nearly = as_fast(full, NEARLY)
-        if self.other in nearly:
+        if self.other in as_fast(full, NEARLY):
             return self.other
+        nearly = as_fast(full, FEWER_COPIES)
         copies = min(space.scale_copies(plan, self.task) for plan in nearly)
         fewest = {plan: t for plan, t in nearly.items() if space.scale_copies(plan, self.task) == copies}
         best = next(iter(fewest))
-        return next(plan for plan in (self.default, usual(best), best) if plan in as_fast(fewest))
+        better_known = (self.default, sliced(usual(best)), usual(best), best)
+        return next(plan for plan in better_known if plan in as_fast(fewest))
 
     def _leaves_few_idle(self, plan: AnyPlan) -> bool:
         """Whether the plan has tiles for most SMs of a GPU."""
@@ -279,3 +283,8 @@ def as_fast(standings: dict[AnyPlan, Timing], factor: float = 1.0) -> dict[AnyPl
 def usual(plan: AnyPlan) -> AnyPlan:
     """The plan with the usual L2 policy. In comparisons another one that had led by luck was up to 0.5% behind it."""
     return plan._replace(b_policy=space.POLICIES[0]) if isinstance(plan, Plan) else plan
+
+
+def sliced(plan: AnyPlan) -> AnyPlan:
+    """The plan with two slices: each consumer waits for half as many scales a turn, which a sweep hardly sees."""
+    return plan._replace(slices=2) if isinstance(plan, Plan) else plan
