@@ -241,8 +241,8 @@ class Sweep:
 
         - within the noise the stored winner;
         - if nearly as fast, the other layout's winner: one kernel serves both;
-        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default, or the plan with two
-          slices or the usual policy.
+        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default, or the plan with
+          two slices or the usual policy.
         """
         full = {plan: t for plan, t in standings.items() if self._leaves_few_idle(plan)}
         if not full.keys() & as_fast(standings, LEAD).keys():
