@@ -410,7 +410,8 @@ def test_noise_is_no_lead() -> None:
 )
 def test_of_few_rows_a_small_lead_goes_to_ctas_that_copy_few_scales(m: int, lead: float, rows: int) -> None:
     task = Task(Problem(0, m, 7168, 2048), H100.name, H100.sms, H100.sms)
-    plans = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan) and space.busy_sms(p, task) > 100]
+    deep = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan) and p.depth > 1]
+    plans = [p for p in deep if space.busy_sms(p, task) > 100]
     high, low = (next(p for p in plans if p.tile_m == tile_m) for tile_m in (128, 64))
 
     def seconds(p: AnyPlan) -> float:

@@ -82,15 +82,17 @@ def busy_sms(plan: Plan, task: Task) -> int:
     return min(cost.cluster_tiles(task.problem, plan) * plan.cluster, plan.num_sms)
 
 
-def scale_copies(plan: AnyPlan, task: Task) -> int:
-    """Rows of A whose scales a lane copies for each stage (scales.cuh), where rows are few and dense; 1 for others.
+def copies_fewer(plan: AnyPlan, other: AnyPlan, task: Task) -> bool:
+    """Whether a lane copies A's scales of fewer rows for each stage (scales.cuh), for several blocks of K at a time.
 
-    Each row of row-major scales is a line of memory, which a sweep hardly sees (docs/tuner.md).
+    Of few dense rows; of more it is a small part of the work. Each row of row-major scales is a line of memory, which a
+    sweep hardly sees (docs/tuner.md).
     """
     p = task.problem
-    if not isinstance(plan, Plan) or p.kind != native.DENSE or p.m > FEW_ROWS:
-        return 1
-    return ceil_div(min(plan.tile_m, p.m), 64)
+    if not isinstance(plan, Plan) or not isinstance(other, Plan) or p.kind != native.DENSE or p.m > FEW_ROWS:
+        return False
+    rows, others = (ceil_div(min(tile_m, p.m), 64) for tile_m in (plan.tile_m, other.tile_m))
+    return plan.depth > 1 and rows < others
 
 
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:

@@ -129,8 +129,8 @@ class Sweep:
         known, places = self._survivors(), self._places()
         best = sorted(known, key=places.__getitem__)
         full = next((plan for plan in best if self._leaves_few_idle(plan)), None)
-        fewest = min(best, key=lambda p: (not self._leaves_few_idle(p), space.scale_copies(p, self.task)))
-        stay = [*self.known, full, fewest, self._frugal(standings, next(iter(standings)))]
+        few = next((p for p in best if self._leaves_few_idle(p) and space.copies_fewer(p, best[0], self.task)), None)
+        stay = [*self.known, full, few, self._frugal(standings, next(iter(standings)))]
         first = [*best[:FINAL], *space.of_different_tiles(best, FINALISTS)]
         plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in known]
         self._record(rig, {plan: timing for plan, timing in known.items() if plan not in plans})
@@ -251,12 +251,12 @@ class Sweep:
             return self.stored
         if self.other in as_fast(full, NEARLY):
             return self.other
+        best = next(iter(full))
         nearly = as_fast(full, FEWER_COPIES)
-        copies = min(space.scale_copies(plan, self.task) for plan in nearly)
-        fewest = {plan: t for plan, t in nearly.items() if space.scale_copies(plan, self.task) == copies}
-        best = next(iter(fewest))
+        fewer = {plan: t for plan, t in nearly.items() if space.copies_fewer(plan, best, self.task)} or full
+        best = next(iter(fewer))
         better_known = (self.default, sliced(usual(best)), usual(best), best)
-        return next(plan for plan in better_known if plan in as_fast(fewest))
+        return next(plan for plan in better_known if plan in as_fast(fewer))
 
     def _leaves_few_idle(self, plan: AnyPlan) -> bool:
         """Whether the plan has tiles for most SMs of a GPU."""
