@@ -241,8 +241,8 @@ class Sweep:
 
         - within the noise the stored winner;
         - if nearly as fast, the other layout's winner: one kernel serves both;
-        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default, or the plan with
-          two slices or the usual policy.
+        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default, or one of the same
+          tiles in two slices, or with the usual policy.
         """
         full = {plan: t for plan, t in standings.items() if self._leaves_few_idle(plan)}
         if not full.keys() & as_fast(standings, LEAD).keys():
@@ -254,9 +254,9 @@ class Sweep:
         best = next(iter(full))
         nearly = as_fast(full, FEWER_COPIES)
         fewer = {plan: t for plan, t in nearly.items() if space.copies_fewer(plan, best, self.task)} or full
-        best = next(iter(fewer))
-        better_known = (self.default, sliced(usual(best)), usual(best), best)
-        return next(plan for plan in better_known if plan in as_fast(fewer))
+        best, tied = next(iter(fewer)), as_fast(fewer)
+        better_known = (self.default, *(plan for plan in tied if slices(plan, best)), usual(best), best)
+        return next(plan for plan in better_known if plan in tied)
 
     def _leaves_few_idle(self, plan: AnyPlan) -> bool:
         """Whether the plan has tiles for most SMs of a GPU."""
@@ -285,6 +285,8 @@ def usual(plan: AnyPlan) -> AnyPlan:
     return plan._replace(b_policy=space.POLICIES[0]) if isinstance(plan, Plan) else plan
 
 
-def sliced(plan: AnyPlan) -> AnyPlan:
-    """The plan with two slices: each consumer waits for half as many scales a turn, which a sweep hardly sees."""
-    return plan._replace(slices=2) if isinstance(plan, Plan) else plan
+def slices(plan: AnyPlan, other: AnyPlan) -> bool:
+    """Whether a plan has the other's tiles, but consumers that share a stage's K, and wait for fewer scales each."""
+    if not isinstance(plan, Plan) or not isinstance(other, Plan) or plan.slices <= other.slices:
+        return False
+    return plan._replace(stages=other.stages, depth=other.depth, slices=other.slices) == other
