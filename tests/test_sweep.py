@@ -23,7 +23,7 @@ from fp8gemm.store import AnyPlan, Task
 from fp8gemm.tuner import cpu, measure, operands, presets, space, tune
 from fp8gemm.tuner.gpu import judge
 from fp8gemm.tuner.measure import Race, Rig, Timing
-from fp8gemm.tuner.sweep import Outcome, Sweep, as_fast, slices
+from fp8gemm.tuner.sweep import Outcome, Sweep, as_fast, is_sliced
 from fp8gemm.tuner.target import CpuTarget, open_target
 from fp8gemm.tuner.writer import Stamp, Writer
 
@@ -429,7 +429,7 @@ def test_a_tie_goes_to_two_slices(lead: float, winners: int) -> None:
     task = Task(Problem(0, 64, 576, 7168), H100.name, H100.sms, H100.sms)
     plans = [plan for plan in space.kernels(task, H100) if isinstance(plan, Plan)]
     two = next(plan for plan in plans if plan.slices == 2)
-    one = next(plan for plan in plans if plan.stages != two.stages and slices(two, plan))
+    one = next(plan for plan in plans if plan.stages != two.stages and is_sliced(two, plan))
 
     def seconds(p: AnyPlan) -> float:
         assert isinstance(p, Plan)

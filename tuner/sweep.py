@@ -255,7 +255,7 @@ class Sweep:
         nearly = as_fast(full, FEWER_COPIES)
         fewer = {plan: t for plan, t in nearly.items() if space.copies_fewer(plan, best, self.task)} or full
         best, tied = next(iter(fewer)), as_fast(fewer)
-        better_known = (self.default, *(plan for plan in tied if slices(plan, best)), usual(best), best)
+        better_known = (self.default, *(plan for plan in tied if is_sliced(plan, best)), usual(best), best)
         return next(plan for plan in better_known if plan in tied)
 
     def _leaves_few_idle(self, plan: AnyPlan) -> bool:
@@ -285,7 +285,7 @@ def usual(plan: AnyPlan) -> AnyPlan:
     return plan._replace(b_policy=space.POLICIES[0]) if isinstance(plan, Plan) else plan
 
 
-def slices(plan: AnyPlan, other: AnyPlan) -> bool:
+def is_sliced(plan: AnyPlan, other: AnyPlan) -> bool:
     """Whether a plan has the other's tiles, but consumers that share a stage's K, and wait for fewer scales each."""
     if not isinstance(plan, Plan) or not isinstance(other, Plan) or plan.slices <= other.slices:
         return False
