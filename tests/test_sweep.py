@@ -424,8 +424,8 @@ def test_of_few_rows_a_small_lead_goes_to_ctas_that_copy_few_scales(m: int, lead
     assert winner.plan.tile_m == rows
 
 
-@pytest.mark.parametrize(("lead", "winners"), [(1e-3, 2), (0.01, 1)])
-def test_a_tie_goes_to_two_slices(lead: float, winners: int) -> None:
+@pytest.mark.parametrize(("lead", "expected"), [(1e-3, 2), (0.01, 1)])
+def test_a_tie_goes_to_two_slices(lead: float, expected: int) -> None:
     task = Task(Problem(0, 64, 576, 7168), H100.name, H100.sms, H100.sms)
     plans = [plan for plan in space.kernels(task, H100) if isinstance(plan, Plan)]
     two = next(plan for plan in plans if plan.slices == 2)
@@ -435,10 +435,10 @@ def test_a_tie_goes_to_two_slices(lead: float, winners: int) -> None:
         assert isinstance(p, Plan)
         return 1e-5 * (2 - (p.kernel(0) == two.kernel(0)) - (1 + lead) * (p.kernel(0) == one.kernel(0)))
 
-    winner = sweep(FakeRig(seconds, noise=0.002 if winners == 1 else 0.02, seed=1), task, H100).winner
+    winner = sweep(FakeRig(seconds, noise=0.002 if expected == 1 else 0.02, seed=1), task, H100).winner
     assert winner is not None
     assert isinstance(winner.plan, Plan)
-    assert winner.plan.slices == winners
+    assert winner.plan.slices == expected
 
 
 @pytest.mark.parametrize(("gain", "policy"), [(1e-3, "evict_normal"), (0.01, "evict_first"), (0.1, "evict_first")])

@@ -83,10 +83,9 @@ def busy_sms(plan: Plan, task: Task) -> int:
 
 
 def copies_fewer(plan: AnyPlan, other: AnyPlan, task: Task) -> bool:
-    """Whether a lane copies A's scales of fewer rows for each stage (scales.cuh), for several blocks of K at a time.
+    """Whether a lane copies A's scales of fewer rows for each stage (scales.cuh), a stage of several blocks of K.
 
-    Of few dense rows; of more it is a small part of the work. Each row of row-major scales is a line of memory, which a
-    sweep hardly sees (docs/tuner.md).
+    Of few dense rows, of which it was measured. A sweep hardly sees what these copies cost (docs/tuner.md).
     """
     p = task.problem
     if not isinstance(plan, Plan) or not isinstance(other, Plan) or p.kind != native.DENSE or p.m > FEW_ROWS:

@@ -286,7 +286,7 @@ def usual(plan: AnyPlan) -> AnyPlan:
 
 
 def is_sliced(plan: AnyPlan, other: AnyPlan) -> bool:
-    """Whether a plan has the other's tiles, but consumers that share a stage's K, and wait for fewer scales each."""
+    """Whether a plan has the other's tiles, but consumers that share a stage's K, and read fewer scales each."""
     if not isinstance(plan, Plan) or not isinstance(other, Plan) or plan.slices <= other.slices:
         return False
     return plan._replace(stages=other.stages, depth=other.depth, slices=other.slices) == other
