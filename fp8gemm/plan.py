@@ -26,7 +26,7 @@ L2_POLICIES = {
     "evict_last": 0x14F0000000000000,
 }
 TILE_MS = (32, 64, 128, 192, 256)
-TILE_NS = (*range(16, 65, 16), 72, *range(80, 193, 16))
+TILE_NS = tuple(range(16, 193, 16))
 SWAPPED_TILE_MS = (8, 16, 32)
 SWAPPED_TILE_NS = (32, 48, 56, 64, 96, 128)
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
@@ -119,8 +119,8 @@ class Plan(NamedTuple):
 
     @property
     def consumer_n(self) -> int:
-        """Columns of a tile that are a consumer's in the end: of slices the first one's, in whole groups of eight."""
-        return -(-self.tile_n // (8 * self.slices)) * 8
+        """Columns of a tile that are a consumer's in the end: of two slices, half of them."""
+        return self.tile_n // self.slices
 
     @property
     def columns(self) -> int:
@@ -150,8 +150,6 @@ class Plan(NamedTuple):
             yield f"tile_m {self.tile_m}, allowed are {tile_ms}"
         if self.tile_n not in tile_ns:
             yield f"tile_n {self.tile_n}, allowed are {tile_ns}"
-        elif self.tile_n % 16 and not self.swap_ab and (self.slices == 1 or self.split == 1):
-            yield f"tile_n {self.tile_n}, slices {self.slices}, split {self.split}: allowed for slices of a split K"
         if self.swap_ab not in (0, 1):
             yield f"swap_ab {self.swap_ab}, allowed are 0 and 1"
         if self.swap_ab and self.split not in (1, 2, 4):

@@ -46,8 +46,8 @@ def kernels() -> list[Kernel]:
     """What is built: the dense space that can be picked, sliced K, a sample of each grouped kind, everything small."""
     found = sorted(picked(native.DENSE, ROWS))
     pairs = Plan(64, 64, 6, cluster_m=2, depth=2, slices=2)
-    wider = [pairs._replace(tile_n=n, stages=stages, split=2) for n, stages in ((80, 5), (72, 6))]
-    found += [p.kernel(native.DENSE) for p in (pairs, pairs._replace(one_tile=1), *wider)]
+    wider = pairs._replace(tile_n=80, stages=5, split=2)
+    found += [p.kernel(native.DENSE) for p in (pairs, pairs._replace(one_tile=1), wider)]
     for kind in (native.CONTIGUOUS, native.RAGGED, native.MASKED):
         some = sorted(picked(kind, (64, 2048, 16384), 8, [(4096, 7168), (7168, 2048), (576, 512)]))
         found += some[:: max(1, len(some) // 3)]

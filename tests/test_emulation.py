@@ -33,7 +33,6 @@ PLANS = [
     Plan(16, 96, 3, depth=2, split=2, swap_ab=1),
     Plan(64, 64, 6, cluster_m=2, depth=2, slices=2),
     Plan(64, 80, 5, cluster_m=2, depth=2, split=2, slices=2),
-    Plan(64, 72, 6, cluster_m=2, depth=2, split=2, slices=2),
     Plan(64, 48, 5, cluster_n=2, split=2),
     Plan(64, 64, 6, cluster_m=2, depth=2, one_tile=1),
     Plan(64, 32, 4, cluster_n=2, depth=4, one_tile=1),
@@ -51,7 +50,6 @@ SPLITS = [  # shares that are equal and not, of one wave and of two, of 32 rows
     Plan(192, 80, 3, split=4),
     Plan(128, 16, 8, split=2),
     Plan(64, 80, 5, cluster_m=2, depth=2, split=2, slices=2),
-    Plan(64, 72, 6, cluster_m=2, depth=2, split=2, slices=2),
     Plan(64, 48, 6, depth=2, split=3, slices=2),
     Plan(64, 32, 8, depth=2, split=4, slices=2),
 ]

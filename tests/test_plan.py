@@ -59,7 +59,6 @@ def test_legal_plan() -> None:
         (SLICED | {"depth": 4, "stages": 3}, ["slices 2 of tile_m 64, depth 4", "64 rows, a block each"]),
         (SLICED | {"cluster_n": 1}, ["slices 2: allowed in clusters and for dense problems"]),
         (SLICED | {"tile_n": 80}, ["slices 2 for tile_n 80: must be a multiple of 32 where K is not split"]),
-        ({"tile_n": 72}, ["tile_n 72, slices 1, split 1: allowed for slices of a split K"]),
         ({"one_tile": 2}, ["one_tile 2, allowed are 0 and 1"]),
         ({"one_tile": 1}, ["one_tile, depth 1, split 1: for deep stages of dense problems"]),
         (SLICED | {"one_tile": 1, "split": 2}, ["one_tile, depth 2, split 2", "K not split"]),
@@ -124,9 +123,7 @@ def test_compiled_space(kind: int, gpu: Device) -> None:
     swapped = {(legal.tile_m, legal.tile_n) for legal in space if legal.swap_ab}
     all_swapped = set(itertools.product(plan.SWAPPED_TILE_MS, plan.SWAPPED_TILE_NS))
     assert swapped == (set() if kind == native.CONTIGUOUS else all_swapped)
-    # 72 columns are for slices of a split K: dense, and room for three stages
-    missing = {72} if kind != native.DENSE or gpu.shared_bytes < H100.shared_bytes else set()
-    assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS) - missing
+    assert {tile_n for _, tile_n in tiles} == set(plan.TILE_NS)
     tile_ms = {tile_m for tile_m in plan.TILE_MS if tile_m <= (128 if kind == native.CONTIGUOUS else 256)}
     tile_ms -= {192} if kind != native.DENSE else set()
     assert {tile_m for tile_m, _ in tiles} == tile_ms - ({256} if gpu.shared_bytes < H100.shared_bytes else set())

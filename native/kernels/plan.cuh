@@ -89,9 +89,9 @@ constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegmen
 // A stage's scales, those of its blocks side by side: of A's rows, then B's of each segment: consumers need not ask where in a
 // tile B's next scale begins.
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
-// Columns of a tile that are a consumer's in the end (of slices the first one's, which may be eight more than the second's), and of
-// these the ones that it stores: of a split the largest share, whole groups of eight (exchange.cuh); swapped, all are equal.
-constexpr int kConsumerN = (kTileN / 8 + kSlices - 1) / kSlices * 8;
+// Columns of a tile that are a consumer's in the end (of two slices, half of them), and of these the ones that it stores: of a split
+// the largest share, whole groups of eight (exchange.cuh); swapped, all are equal.
+constexpr int kConsumerN = kTileN / kSlices;
 constexpr int kColumns = kSwapAB ? kTileN / kSplit : (kConsumerN / 8 + kSplit - 1) / kSplit * 8;
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
@@ -108,7 +108,7 @@ struct Yes { static constexpr bool value = true; };              // for generic 
 struct No { static constexpr bool value = false; };
 
 static_assert(kSwapAB || kTileM == 32 || kTileM == 64 || kTileM == 128 || kTileM == 192 || kTileM == 256, "see kWaves");
-static_assert(kTileN % (kSwapAB || (kSlices > 1 && kSplit > 1) ? 8 : 16) == 0, "see wgmma.cuh, stage_wave");
+static_assert(kTileN % (kSwapAB ? 8 : 16) == 0, "see wgmma.cuh, stage_wave");
 static_assert(kTileN <= 192, "registers hold no more");
 static_assert(kTileM <= 128 || kTileN <= 128, "the sums of a 256 x 192 tile do not fit in registers");
 static_assert(kShare <= 2 && kCluster <= 4, "wider clusters reach fewer SMs");

@@ -24,7 +24,7 @@ struct SharedStorage {
 
 // Where a consumer leaves its sums of eight columns for the one that has the other slices. With one tile a CTA that is in its own
 // blocks of B, a group a stage: nothing more is loaded, the other consumer never reads them, and this one has read all of them (a
-// wgmma-group that is complete is so for all of its warpgroup). So the ring may be longer, by a stage of 64 x 72.
+// wgmma-group that is complete is so for all of its warpgroup). So the ring may be longer.
 __device__ float4* slice_sums(SharedStorage& s, int consumer, int group) {
     if (!kOneTile) return &s.slices[consumer][group * 128];
     return reinterpret_cast<float4*>(s.stages[group % kStages].b + consumer * kTileN * kTileK) + group / kStages * 128;
