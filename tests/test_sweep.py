@@ -23,7 +23,7 @@ from fp8gemm.store import AnyPlan, Task
 from fp8gemm.tuner import cpu, measure, operands, presets, space, tune
 from fp8gemm.tuner.gpu import judge
 from fp8gemm.tuner.measure import Race, Rig, Timing
-from fp8gemm.tuner.sweep import Outcome, Sweep, as_fast, is_sliced
+from fp8gemm.tuner.sweep import FINAL, Outcome, Sweep, as_fast
 from fp8gemm.tuner.target import CpuTarget, open_target
 from fp8gemm.tuner.writer import Stamp, Writer
 
@@ -424,21 +424,47 @@ def test_of_few_rows_a_small_lead_goes_to_ctas_that_copy_few_scales(m: int, lead
     assert winner.plan.tile_m == rows
 
 
-@pytest.mark.parametrize(("lead", "expected"), [(1e-3, 2), (0.01, 1)])
-def test_a_tie_goes_to_two_slices(lead: float, expected: int) -> None:
-    task = Task(Problem(0, 64, 576, 7168), H100.name, H100.sms, H100.sms)
-    plans = [plan for plan in space.kernels(task, H100) if isinstance(plan, Plan)]
+def sliced_and_not(n: int, split: int) -> tuple[Task, list[Plan], Plan, Plan]:
+    """A problem of 64 rows, its plans of that split, and of these two of the same tiles: in two slices, in one."""
+    task = Task(Problem(0, 64, n, 7168), H100.name, H100.sms, H100.sms)
+    plans = [plan for plan in space.kernels(task, H100) if isinstance(plan, Plan) and plan.split == split]
     two = next(plan for plan in plans if plan.slices == 2)
-    one = next(plan for plan in plans if plan.stages != two.stages and is_sliced(two, plan))
+    like_two = {plan: plan._replace(stages=two.stages, depth=two.depth, slices=2) == two for plan in plans}
+    return task, plans, two, next(plan for plan in plans if like_two[plan] and plan.slices == 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "split", "lead", "slices"), [(576, 4, 1e-3, 2), (576, 4, 0.013, 2), (576, 4, 0.03, 1), (4096, 1, 0.01, 1)]
+)
+def test_a_small_lead_goes_to_two_slices_of_a_split_k(n: int, split: int, lead: float, slices: int) -> None:
+    task, _, two, one = sliced_and_not(n, split)
 
     def seconds(p: AnyPlan) -> float:
         assert isinstance(p, Plan)
         return 1e-5 * (2 - (p.kernel(0) == two.kernel(0)) - (1 + lead) * (p.kernel(0) == one.kernel(0)))
 
-    winner = sweep(FakeRig(seconds, noise=0.002 if expected == 1 else 0.02, seed=1), task, H100).winner
+    winner = sweep(FakeRig(seconds, noise=0.02, seed=1), task, H100).winner
     assert winner is not None
     assert isinstance(winner.plan, Plan)
-    assert winner.plan.slices == expected
+    assert winner.plan.slices == slices
+
+
+def test_two_slices_are_in_the_final_behind_many_others() -> None:
+    task, plans, two, one = sliced_and_not(2112, 2)
+    others = {plan.kernel(0) for plan in plans if plan.slices == 1}
+    assert len(others) > FINAL
+
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, Plan)
+        kernel = p.kernel(0)
+        if kernel == one.kernel(0):
+            return 1e-5
+        return 1e-5 * (1.012 if kernel == two.kernel(0) else 1.008 if kernel in others else 2)
+
+    winner = sweep(FakeRig(seconds, noise=0.02, seed=1), task, H100).winner
+    assert winner is not None
+    assert isinstance(winner.plan, Plan)
+    assert winner.plan.kernel(0) == two.kernel(0)
 
 
 @pytest.mark.parametrize(("gain", "policy"), [(1e-3, "evict_normal"), (0.01, "evict_first"), (0.1, "evict_first")])

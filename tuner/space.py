@@ -87,11 +87,24 @@ def copies_fewer(plan: AnyPlan, other: AnyPlan, task: Task) -> bool:
 
     Of few dense rows, of which it was measured. A sweep hardly sees what these copies cost (docs/tuner.md).
     """
-    p = task.problem
-    if not isinstance(plan, Plan) or not isinstance(other, Plan) or p.kind != native.DENSE or p.m > FEW_ROWS:
+    if not isinstance(plan, Plan) or not isinstance(other, Plan) or not _has_few_rows(task):
         return False
-    rows, others = (ceil_div(min(tile_m, p.m), 64) for tile_m in (plan.tile_m, other.tile_m))
+    rows, others = (ceil_div(min(tile_m, task.problem.m), 64) for tile_m in (plan.tile_m, other.tile_m))
     return plan.depth > 1 and rows < others
+
+
+def reads_fewer(plan: AnyPlan, other: AnyPlan, task: Task) -> bool:
+    """Whether a plan splits K into the other's tiles, but has consumers that share a stage's blocks: each reads half of
+    the scales. Where K is not split, comparisons found nothing for it (docs/tuner.md).
+    """
+    if not isinstance(plan, Plan) or not isinstance(other, Plan) or not _has_few_rows(task):
+        return False
+    same = plan._replace(stages=other.stages, depth=other.depth, slices=other.slices) == other
+    return same and plan.split > 1 and plan.slices > other.slices
+
+
+def _has_few_rows(task: Task) -> bool:
+    return task.problem.kind == native.DENSE and task.problem.m <= FEW_ROWS
 
 
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:

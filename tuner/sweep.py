@@ -19,7 +19,7 @@ from .writer import Measurement, Winner, Writer
 RIGHT, WRONG = "right", "wrong"
 STOPPED = "stopped before it was finished"
 NEARLY = 1.01  # times the best: a plan that is better otherwise may take this much longer
-FEWER_COPIES = 1.02  # so may one whose CTAs copy scales of fewer rows: sweeps hardly see what these cost
+FEWER_SCALES = 1.02  # so may one that copies or reads fewer scales: sweeps hardly see what these cost
 FULL = 0.7  # of the SMs are busy with most plans: in a graph CTAs come where SMs fall free, and few spread badly
 LEAD = 1.015  # so a plan for fewer wins only if all others take this many times as long
 FINALISTS = 6  # of one stage, each of another tile, lend their plans to the next
@@ -128,9 +128,13 @@ class Sweep:
             return standings
         known, places = self._survivors(), self._places()
         best = sorted(known, key=places.__getitem__)
-        full = next((plan for plan in best if self._leaves_few_idle(plan)), None)
-        few = next((p for p in best if self._leaves_few_idle(p) and space.copies_fewer(p, best[0], self.task)), None)
-        stay = [*self.known, full, few, self._frugal(standings, next(iter(standings)))]
+        full = next((plan for plan in best if self._leaves_few_idle(plan)), best[0])
+        lighter = [
+            next((plan for plan in best if fewer(plan, lead, self.task)), None)
+            for lead in (best[0], full)
+            for fewer in (space.copies_fewer, space.reads_fewer)
+        ]
+        stay = [*self.known, full, *lighter, self._frugal(standings, next(iter(standings)))]
         first = [*best[:FINAL], *space.of_different_tiles(best, FINALISTS)]
         plans = [plan for plan in dict.fromkeys([*first, *map(usual, first), *stay]) if plan in known]
         self._record(rig, {plan: timing for plan, timing in known.items() if plan not in plans})
@@ -241,8 +245,8 @@ class Sweep:
 
         - within the noise the stored winner;
         - if nearly as fast, the other layout's winner: one kernel serves both;
-        - if nearly as fast, one whose CTAs copy scales of fewer rows; within the noise the default, or one of the same
-          tiles in two slices, or with the usual policy.
+        - if nearly as fast, one whose CTAs copy scales of fewer rows, and of its tiles one whose consumers read fewer;
+          within the noise the default, or one with the usual policy.
         """
         full = {plan: t for plan, t in standings.items() if self._leaves_few_idle(plan)}
         if not full.keys() & as_fast(standings, LEAD).keys():
@@ -251,12 +255,11 @@ class Sweep:
             return self.stored
         if self.other in as_fast(full, NEARLY):
             return self.other
-        best = next(iter(full))
-        nearly = as_fast(full, FEWER_COPIES)
-        fewer = {plan: t for plan, t in nearly.items() if space.copies_fewer(plan, best, self.task)} or full
-        best, tied = next(iter(fewer)), as_fast(fewer)
-        better_known = (self.default, *(plan for plan in tied if is_sliced(plan, best)), usual(best), best)
-        return next(plan for plan in better_known if plan in tied)
+        for fewer in (space.copies_fewer, space.reads_fewer):
+            best, nearly = next(iter(full)), as_fast(full, FEWER_SCALES)
+            full = {plan: t for plan, t in nearly.items() if fewer(plan, best, self.task)} or full
+        best, tied = next(iter(full)), as_fast(full)
+        return next(plan for plan in (self.default, usual(best), best) if plan in tied)
 
     def _leaves_few_idle(self, plan: AnyPlan) -> bool:
         """Whether the plan has tiles for most SMs of a GPU."""
@@ -283,10 +286,3 @@ def as_fast(standings: dict[AnyPlan, Timing], factor: float = 1.0) -> dict[AnyPl
 def usual(plan: AnyPlan) -> AnyPlan:
     """The plan with the usual L2 policy. In comparisons another one that had led by luck was up to 0.5% behind it."""
     return plan._replace(b_policy=space.POLICIES[0]) if isinstance(plan, Plan) else plan
-
-
-def is_sliced(plan: AnyPlan, other: AnyPlan) -> bool:
-    """Whether a plan has the other's tiles, but consumers that share a stage's K, and read fewer scales each."""
-    if not isinstance(plan, Plan) or not isinstance(other, Plan) or plan.slices <= other.slices:
-        return False
-    return plan._replace(stages=other.stages, depth=other.depth, slices=other.slices) == other
