@@ -529,7 +529,9 @@ def test_the_final_is_of_all_stages() -> None:
     task = Task(Problem(0, 64, 4096, 7168), H100.name, H100.sms, H100.sms)
     plans = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan) and space.busy_sms(p, task) > 120]
     best, lucky = next(
-        (p, q) for p, q in itertools.combinations(plans, 2) if (p.tile_m, p.tile_n) == (q.tile_m, q.tile_n)
+        (p, q)
+        for p, q in itertools.combinations(plans, 2)
+        if (p.tile_m, p.tile_n, p.slices) == (q.tile_m, q.tile_n, q.slices)
     )
 
     class Lucky(FakeRig):
