@@ -96,6 +96,17 @@ def by_columns(best: int) -> Callable[[AnyPlan], float]:
     return lambda p: 1e-3 * (1 + 0.2 * abs(space.CPU_TILE_NS.index(p.tile_n) - best)) * (8 / p.num_sms) ** 0.5
 
 
+def two_ahead(first: Plan, lead: float, second: Plan) -> Callable[[AnyPlan], float]:
+    """Two kernels take half as long as all others, the first one less than the second by this part of its time."""
+
+    def seconds(p: AnyPlan) -> float:
+        assert isinstance(p, Plan)
+        kernel = p.kernel(0)
+        return 1e-5 * (2 - (kernel == second.kernel(0)) - (1 + lead) * (kernel == first.kernel(0)))
+
+    return seconds
+
+
 # ---- the space ------------------------------------------------------------------------------------------------------
 
 
@@ -413,12 +424,7 @@ def test_of_few_rows_a_small_lead_goes_to_ctas_that_copy_few_scales(m: int, lead
     deep = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan) and p.depth > 1]
     plans = [p for p in deep if space.busy_sms(p, task) > 100]
     high, low = (next(p for p in plans if p.tile_m == tile_m) for tile_m in (128, 64))
-
-    def seconds(p: AnyPlan) -> float:
-        assert isinstance(p, Plan)
-        return 1e-5 * (2 - (p.kernel(0) == low.kernel(0)) - (1 + lead) * (p.kernel(0) == high.kernel(0)))
-
-    winner = sweep(FakeRig(seconds, noise=0.03, seed=3), task, H100).winner
+    winner = sweep(FakeRig(two_ahead(high, lead, low), noise=0.03, seed=3), task, H100).winner
     assert winner is not None
     assert isinstance(winner.plan, Plan)
     assert winner.plan.tile_m == rows
@@ -438,12 +444,7 @@ def sliced_and_not(n: int, split: int) -> tuple[Task, list[Plan], Plan, Plan]:
 )
 def test_a_small_lead_goes_to_two_slices_of_a_split_k(n: int, split: int, lead: float, slices: int) -> None:
     task, _, two, one = sliced_and_not(n, split)
-
-    def seconds(p: AnyPlan) -> float:
-        assert isinstance(p, Plan)
-        return 1e-5 * (2 - (p.kernel(0) == two.kernel(0)) - (1 + lead) * (p.kernel(0) == one.kernel(0)))
-
-    winner = sweep(FakeRig(seconds, noise=0.02, seed=1), task, H100).winner
+    winner = sweep(FakeRig(two_ahead(one, lead, two), noise=0.02, seed=1), task, H100).winner
     assert winner is not None
     assert isinstance(winner.plan, Plan)
     assert winner.plan.slices == slices
@@ -491,13 +492,7 @@ def test_a_small_lead_goes_to_a_plan_that_leaves_few_sms_idle(lead: float, idle:
     plans = [p for p in space.kernels(task, H100)[1:] if isinstance(p, Plan)]
     few = next(p for p in plans if space.busy_sms(p, task) < 90)
     many = next(p for p in plans if space.busy_sms(p, task) > 120)
-
-    def seconds(p: AnyPlan) -> float:
-        assert isinstance(p, Plan)
-        kernel = p.kernel(0)
-        return 1e-5 * (2 - (kernel == many.kernel(0)) - (1 + lead) * (kernel == few.kernel(0)))
-
-    outcome = sweep(FakeRig(seconds, noise=noise, seed=3), task, H100)
+    outcome = sweep(FakeRig(two_ahead(few, lead, many), noise=noise, seed=3), task, H100)
     assert outcome.winner is not None
     assert isinstance(outcome.winner.plan, Plan)
     assert outcome.winner.plan.kernel(0) == (few if idle else many).kernel(0)
