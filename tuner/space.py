@@ -4,7 +4,7 @@ Each stage keeps the best plans of the one before. Trying everything with everyt
 and, on the problems where it was tried, wins nothing beyond noise.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from fp8gemm import cost, native, planner
 from fp8gemm.backends import CpuPlan
@@ -17,7 +17,7 @@ MOST = 130  # kernels that a sweep tries
 SLOWEST = 1.3  # times the best prediction, where a sweep is not of everything
 HOPELESS = 3.0  # and where it is
 POLICIES = ("evict_normal", "evict_first")  # evict_last gains nothing (native/README.md)
-FEW_ROWS = 128  # up to which only the usual policy is tried
+FEW_ROWS = 128  # up to which only the usual policy is tried, and scales count
 RASTERS = (0, 0.25, 0.5, 0.75, 1.25, 2, 4)  # times the model's, which knows not what L2 still holds; 1 at least
 CPU_TILE_NS = (16, 32, 64, 128, 192, 256)
 
@@ -83,11 +83,8 @@ def busy_sms(plan: Plan, task: Task) -> int:
 
 
 def copies_fewer(plan: AnyPlan, other: AnyPlan, task: Task) -> bool:
-    """Whether a lane copies A's scales of fewer rows for each stage (scales.cuh), a stage of several blocks of K.
-
-    Of few dense rows, of which it was measured. A sweep hardly sees what these copies cost (docs/tuner.md).
-    """
-    if not isinstance(plan, Plan) or not isinstance(other, Plan) or not _has_few_rows(task):
+    """Whether a lane copies A's scales of fewer rows for each stage (scales.cuh), a stage of several blocks of K."""
+    if not isinstance(plan, Plan) or not isinstance(other, Plan):
         return False
     rows, others = (ceil_div(min(tile_m, task.problem.m), 64) for tile_m in (plan.tile_m, other.tile_m))
     return plan.depth > 1 and rows < others
@@ -97,14 +94,19 @@ def reads_fewer(plan: AnyPlan, other: AnyPlan, task: Task) -> bool:
     """Whether a plan splits K into the other's tiles, but has consumers that share a stage's blocks: each reads half of
     the scales. Where K is not split, comparisons found nothing for it (docs/tuner.md).
     """
-    if not isinstance(plan, Plan) or not isinstance(other, Plan) or not _has_few_rows(task):
+    if not isinstance(plan, Plan) or not isinstance(other, Plan):
         return False
     same = plan._replace(stages=other.stages, depth=other.depth, slices=other.slices) == other
     return same and plan.split > 1 and plan.slices > other.slices
 
 
-def _has_few_rows(task: Task) -> bool:
-    return task.problem.kind == native.DENSE and task.problem.m <= FEW_ROWS
+def lighter(task: Task) -> tuple[Callable[[AnyPlan, AnyPlan, Task], bool], ...]:
+    """In what a plan may be lighter on A's scales than another, the one that counts more first.
+
+    Of few dense rows, of which it was measured. A sweep hardly sees what scales cost (docs/tuner.md).
+    """
+    few = task.problem.kind == native.DENSE and task.problem.m <= FEW_ROWS
+    return (copies_fewer, reads_fewer) if few else ()
 
 
 def fewer_sms(plan: AnyPlan, task: Task) -> list[AnyPlan]:

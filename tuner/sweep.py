@@ -130,9 +130,9 @@ class Sweep:
         best = sorted(known, key=places.__getitem__)
         full = next((plan for plan in best if self._leaves_few_idle(plan)), best[0])
         lighter = [
-            next((plan for plan in best if fewer(plan, lead, self.task)), None)
+            next((plan for plan in best if is_lighter(plan, lead, self.task)), None)
             for lead in (best[0], full)
-            for fewer in (space.copies_fewer, space.reads_fewer)
+            for is_lighter in space.lighter(self.task)
         ]
         stay = [*self.known, full, *lighter, self._frugal(standings, next(iter(standings)))]
         first = [*best[:FINAL], *space.of_different_tiles(best, FINALISTS)]
@@ -255,9 +255,9 @@ class Sweep:
             return self.stored
         if self.other in as_fast(full, NEARLY):
             return self.other
-        for fewer in (space.copies_fewer, space.reads_fewer):
+        for is_lighter in space.lighter(self.task):
             best, nearly = next(iter(full)), as_fast(full, FEWER_SCALES)
-            full = {plan: t for plan, t in nearly.items() if fewer(plan, best, self.task)} or full
+            full = {plan: t for plan, t in nearly.items() if is_lighter(plan, best, self.task)} or full
         best, tied = next(iter(full)), as_fast(full)
         return next(plan for plan in (self.default, usual(best), best) if plan in tied)
 
