@@ -12,15 +12,13 @@ namespace fp8gemm {
 // Where in a tile a consumer's rows begin: slices are of all rows.
 __device__ constexpr int first_row_of(int consumer) { return kSlices > 1 ? 0 : consumer * kWaves * 64; }
 
-constexpr int kGroups = kConsumerN / 8;          // of eight columns, a consumer's in the end
-
 // Consumers that share a tile's K: each leaves its sums of the other's columns, and once both have, they may be read.
 template <int kSlice>
 __device__ void leave_sums(SharedStorage& s, const float (&sum)[kTileN / 2], u32 round) {
-    constexpr int kOther = kSlice == 0 ? kGroups : 0;            // the other's first group
+    constexpr int kOther = kSlice == 0 ? kConsumerGroups : 0;    // the other's first group
     if (round > 0) named_barrier_sync(kSliced, 2 * 128);         // the tile before is added up
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+    for (int g = 0; g < kConsumerGroups; ++g) {
         const float* const v = &sum[(kOther + g) * 4];
         slice_sums(s, kSlice, g)[threadIdx.x % 128] = make_float4(v[0], v[1], v[2], v[3]);
     }
@@ -32,7 +30,7 @@ __device__ float4 add(const float4& a, const float4& b) { return make_float4(a.x
 // A CTA's sums of a group of this consumer's columns: its own or, of slices, both consumers' together.
 template <int kSlice>
 __device__ float4 group_sum(SharedStorage& s, const float (&sum)[kTileN / 2], int group) {
-    const float* const v = &sum[(group + kSlice * kGroups) * 4];
+    const float* const v = &sum[(group + kSlice * kConsumerGroups) * 4];
     const float4 own = make_float4(v[0], v[1], v[2], v[3]);
     if constexpr (kSlices == 1) return own;
     else return add(own, slice_sums(s, 1 - kSlice, group)[threadIdx.x % 128]);
@@ -41,7 +39,7 @@ __device__ float4 group_sum(SharedStorage& s, const float (&sum)[kTileN / 2], in
 // A consumer's columns before the share of a split's CTA. Shares are whole groups of eight, as equal as that allows: what the first
 // consumer's leave unequal, the second's make up for.
 __device__ constexpr int columns_before(int part, int consumer) {
-    return (kGroups * part + (kSlices > 1 && consumer > 0 ? kSplit - 1 : 0)) / kSplit * 8;
+    return (kConsumerGroups * part + (kSlices > 1 && consumer > 0 ? kSplit - 1 : 0)) / kSplit * 8;
 }
 
 __device__ int share_columns(int part, int consumer) {
@@ -171,7 +169,7 @@ template <int kSlice>
 __device__ void add_slices(SharedStorage& s, float (&sum)[kTileN / 2], u32 round) {
     leave_sums<kSlice>(s, sum, round);
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+    for (int g = 0; g < kConsumerGroups; ++g) {
         const float4 v = group_sum<kSlice>(s, sum, g);
         sum[g * 4] = v.x, sum[g * 4 + 1] = v.y, sum[g * 4 + 2] = v.z, sum[g * 4 + 3] = v.w;
     }

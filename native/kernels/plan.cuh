@@ -91,8 +91,8 @@ constexpr bool kLastApart = kFirstApart && kTileM >= 64 && kTurn == 1 && kSegmen
 constexpr int kScalesOfB = kTileM + 4, kScaleSlots = kScalesOfB + (kSegments + 3) / 4 * 4;
 // Columns of a tile that are a consumer's in the end (of two slices, half of them), and of these the ones that it stores: of a split
 // the largest share, whole groups of eight (exchange.cuh); swapped, all are equal.
-constexpr int kConsumerN = kTileN / kSlices;
-constexpr int kColumns = kSwapAB ? kTileN / kSplit : (kConsumerN / 8 + kSplit - 1) / kSplit * 8;
+constexpr int kConsumerN = kTileN / kSlices, kConsumerGroups = kConsumerN / 8;       // groups of eight columns
+constexpr int kColumns = kSwapAB ? kTileN / kSplit : (kConsumerGroups + kSplit - 1) / kSplit * 8;
 constexpr int kPartThreads = kTileM < 64 ? kTileM * 2 : 128;     // of a consumer, that hold rows of the tile
 constexpr int kPart = kSwapAB ? 16 / kSplit * kTileM             // float4 that they send to each peer, of 64 rows
                               : kPartThreads * kColumns / 8;

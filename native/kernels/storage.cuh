@@ -18,7 +18,7 @@ struct SharedStorage {
     Stage stages[kStages];
     u16 d[kStaged ? kConsumers : 1][kPanels][kPanelSize];
     float4 parts[kSplit > 1 ? kSplit - 1 : 1][kConsumers][kSplit > 1 ? kWaves * kPart : 1];      // the peers' sums
-    float4 slices[kSlices][kSlices > 1 && !kOneTile ? kConsumerN / 8 * 128 : 1];         // see slice_sums
+    float4 slices[kSlices][kSlices > 1 && !kOneTile ? kConsumerGroups * 128 : 1];        // see slice_sums
     u64 parts_full[kConsumers];
 };
 
@@ -29,7 +29,7 @@ __device__ float4* slice_sums(SharedStorage& s, int consumer, int group) {
     if (!kOneTile) return &s.slices[consumer][group * 128];
     return reinterpret_cast<float4*>(s.stages[group % kStages].b + consumer * kTileN * kTileK) + group / kStages * 128;
 }
-static_assert(kSlices == 1 || !kOneTile || (kConsumerN / 8 + kStages - 1) / kStages * 128 * sizeof(float4) <= kTileN * kTileK,
+static_assert(kSlices == 1 || !kOneTile || (kConsumerGroups + kStages - 1) / kStages * 128 * sizeof(float4) <= kTileN * kTileK,
               "a consumer's block of B holds its groups of a stage");
 
 // With operands swapped, wgmma reads whole waves of B, and so behind the last stage's last tile.

@@ -68,7 +68,7 @@ void deliver(int consumer, u32 (&arrived)[kSplit]) {
 }
 
 void check(int cta, int consumer, int thread, const Sums& sum) {
-    const int before = kSlices > 1 ? consumer * kGroups * 4 : 0;
+    const int before = kSlices > 1 ? consumer * kConsumerGroups * 4 : 0;
     const int first = columns_before(cta, consumer) / 2, count = columns_before(cta + 1, consumer) / 2 - first;
     auto of_cta = [&](int from, int w, int i) {                  // slices are added up first
         return kSlices == 1 ? part(from, consumer, thread, w, i) : part(from, 0, thread, w, i) + part(from, 1, thread, w, i);

@@ -24,7 +24,7 @@ void add(SharedStorage& s, int consumer, int thread, u32 round, bool second) {
 // Of one tile, what a consumer leaves lies in its own blocks of B, which the other one never reads.
 void check_places(SharedStorage& s) {
     for (int consumer = 0; kOneTile && consumer < kConsumers; ++consumer)
-        for (int group = 0; group < kGroups; ++group) {
+        for (int group = 0; group < kConsumerGroups; ++group) {
             const u8* first = reinterpret_cast<u8*>(slice_sums(s, consumer, group));
             bool inside = false;
             for (const Stage& stage : s.stages) {
